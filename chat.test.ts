@@ -1,0 +1,868 @@
+/**
+ * The promises of server.ts and client.ts, each over real sockets: the server runs in this process
+ * on a port of its own, its peers are raw sockets where the rule is about bytes and `client.ts`
+ * where it is about people. Nothing here sleeps: a test awaits what must come, and fails by timeout
+ * when it does not.
+ */
+
+import { afterEach, describe, expect, jest, test } from "bun:test";
+import type { Socket } from "bun";
+import { startServer, type Server, type ServerOptions } from "./server.ts";
+
+// --- A room and its peers ----------------------------------------------------------------------
+
+const servers = new Set<Server>();
+const peers = new Set<Peer>();
+
+function open(options: Partial<ServerOptions> = {}): Server {
+  const server = startServer({ port: 0, rate: 0, logError: fail, ...options });
+  servers.add(server);
+  return server;
+}
+
+function fail(problem: string): never {
+  throw new Error(problem);
+}
+
+afterEach(async () => {
+  jest.useRealTimers();
+  for (const peer of peers) peer.socket.terminate();
+  peers.clear();
+  await Promise.all(Array.from(servers, (server) => server.stop()));
+  servers.clear();
+});
+
+/** A connection of bare bytes, which reads lines and sends whatever it is told to. */
+class Peer {
+  received = Buffer.alloc(0);
+  total = 0; // bytes received
+  ended = Promise.withResolvers<void>(); // a FIN has come
+  closed = Promise.withResolvers<Error | undefined>();
+  private unsent = Buffer.alloc(0);
+  private wake = () => {};
+  private open = true;
+
+  private constructor(readonly socket: Socket<Peer>) {}
+
+  static async connect(server: { port: number }): Promise<Peer> {
+    const socket = await Bun.connect<Peer>({
+      hostname: "127.0.0.1",
+      port: server.port,
+      allowHalfOpen: true,
+      socket: {
+        open: (socket) => void (socket.data = new Peer(socket)),
+        data: ({ data: peer }, chunk) => {
+          peer.received = Buffer.concat([peer.received, chunk]);
+          peer.total += chunk.length;
+          peer.wake();
+        },
+        drain: ({ data: peer }) => peer.send(""),
+        end: ({ data: peer }) => peer.finish(),
+        close: ({ data: peer }, error) => {
+          peer.finish();
+          peer.closed.resolve(error);
+        },
+      },
+    });
+    peers.add(socket.data);
+    return socket.data;
+  }
+
+  private finish(): void {
+    this.open = false;
+    this.ended.resolve();
+    this.wake();
+  }
+
+  send(bytes: string | Uint8Array): void {
+    this.unsent = Buffer.concat([this.unsent, Buffer.from(bytes as Uint8Array)]);
+    if (this.unsent.length === 0) return;
+    this.unsent = this.unsent.subarray(Math.max(0, this.socket.write(this.unsent)));
+  }
+
+  /** The next line, without its newline; null when the connection ends before one is whole. */
+  async line(): Promise<string | null> {
+    for (;;) {
+      const end = this.received.indexOf("\n");
+      if (end !== -1) {
+        const line = this.received.toString("utf8", 0, end);
+        this.received = this.received.subarray(end + 1);
+        return line;
+      }
+      if (!this.open) return null;
+      await new Promise<void>((resolve) => (this.wake = resolve));
+    }
+  }
+
+  async lines(count: number): Promise<(string | null)[]> {
+    const lines = [];
+    while (lines.length < count) lines.push(await this.line());
+    return lines;
+  }
+
+  /** All lines up to the end of the connection. */
+  async rest(): Promise<string[]> {
+    const lines = [];
+    for (let line; (line = await this.line()) !== null;) lines.push(line);
+    return lines;
+  }
+
+  /** All that has come until `last` does, without it. */
+  async until(last: string): Promise<string[]> {
+    const lines = [];
+    for (;;) {
+      const line = await this.line();
+      if (line === last) return lines;
+      if (line === null) throw new Error(`ended before "${last}", after ${JSON.stringify(lines)}`);
+      lines.push(line);
+    }
+  }
+}
+
+const WELCOME = "Welcome to the chat! What is your name?";
+
+async function greeted(server: { port: number }): Promise<Peer> {
+  const peer = await Peer.connect(server);
+  expect(await peer.line()).toBe(WELCOME);
+  return peer;
+}
+
+/** Enters the room; the roster is read. */
+async function enter(server: { port: number }, name: string): Promise<Peer> {
+  const peer = await greeted(server);
+  peer.send(`${name}\n`);
+  expect(await peer.line()).toStartWith("* The room contains: ");
+  return peer;
+}
+
+/** Several enter, one after the other, and have heard of each other. */
+async function enterAll(server: { port: number }, ...names: string[]): Promise<Peer[]> {
+  const room: Peer[] = [];
+  for (const name of names) {
+    const peer = await enter(server, name);
+    for (const other of room) expect(await other.line()).toBe(`* ${name} has joined the chat`);
+    room.push(peer);
+  }
+  return room;
+}
+
+/** What a newcomer hears instead of the roster. The connection is closed after it. */
+async function refusal(server: { port: number }, firstLine: string): Promise<string[]> {
+  const peer = await greeted(server);
+  peer.send(`${firstLine}\n`);
+  return await peer.rest();
+}
+
+const NAME_RULE = "* A name is 1 to 32 letters and digits.";
+
+// --- The server --------------------------------------------------------------------------------
+
+describe("joining", () => {
+  test("a newcomer hears the welcome, the roster and then the room; the room hears of them", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const carol = await greeted(server);
+    carol.send("carol\n");
+    expect(await carol.line()).toBe("* The room contains: alice, bob");
+    expect(await alice.line()).toBe("* carol has joined the chat");
+    expect(await bob.line()).toBe("* carol has joined the chat");
+    alice.send("hello\n");
+    expect(await carol.line()).toBe("[alice] hello");
+  });
+
+  test("the first one is told that the room is empty", async () => {
+    const peer = await greeted(open());
+    peer.send("alice\n");
+    expect(await peer.line()).toBe("* The room contains: ");
+  });
+
+  test("who has not given a name hears nothing and is not heard of", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    const silent = await greeted(server);
+    alice.send("anybody?\n");
+    const bob = await enter(server, "bob");
+    expect(await alice.line()).toBe("* bob has joined the chat");
+    silent.socket.shutdown();
+    expect(await silent.rest()).toEqual([]);
+    bob.send("hi\n");
+    expect(await alice.line()).toBe("[bob] hi");
+  });
+
+  test("name and message in one packet: the room hears both in order, the newcomer neither", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    const bob = await greeted(server);
+    bob.send("bob\nhello\n/who\n");
+    expect(await bob.lines(2)).toEqual([
+      "* The room contains: alice",
+      "* The room contains: alice, bob",
+    ]);
+    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
+  });
+
+  test("many join in one turn of the event loop: each hears of the later ones only", async () => {
+    const server = open();
+    const names = Array.from({ length: 20 }, (_, number) => `user${number}`);
+    const crowd = await Promise.all(names.map(() => greeted(server)));
+    crowd.forEach((peer, number) => peer.send(`${names[number]}\n`));
+    const heard = await Promise.all(
+      crowd.map(async (peer) => {
+        const roster = (await peer.line())?.slice("* The room contains: ".length) ?? "";
+        const present = roster === "" ? 0 : roster.split(", ").length;
+        return [...roster.split(", "), ...(await peer.lines(names.length - 1 - present))];
+      }),
+    );
+    heard.forEach((lines, number) => {
+      const others = lines.map((line) => line?.replace(/^\* (.*) has joined the chat$/, "$1"));
+      expect(others.filter((name) => name !== "").toSorted()).toEqual(
+        names.filter((name) => name !== names[number]).toSorted(),
+      );
+    });
+    expect(server.clients.map((client) => client.name).toSorted()).toEqual(names.toSorted());
+  });
+});
+
+describe("names", () => {
+  test.each(["", " ", "two words", "dot.ted", "[x]", "*", "a".repeat(33), "bell\u0301!", "-dash"])(
+    "%j is refused, the connection closed, and nobody hears of it",
+    async (name) => {
+      const server = open();
+      const alice = await enter(server, "alice");
+      expect(await refusal(server, name)).toEqual([NAME_RULE]);
+      await enter(server, "bob");
+      expect(await alice.line()).toBe("* bob has joined the chat");
+    },
+  );
+
+  test.each([
+    ["a combining mark alone", "\u0301"],
+    ["a letter that cannot be seen", "\u3164"],
+    ["an invisible joiner", "bo\u034fb"],
+    ["a number that falls apart into a fraction", "\u00bd"],
+    ["emoji", "😀"],
+    ["invalid UTF-8", Buffer.from([0xff, 0xfe])],
+  ])("%s is refused", async (_, name) => {
+    const peer = await greeted(open());
+    peer.send(name);
+    peer.send("\n");
+    expect(await peer.rest()).toEqual([NAME_RULE]);
+  });
+
+  test.each(["a", "7", "a".repeat(32), "Алиса", "小明", "राम", "Zoë", "𝒜lice", "x1"])(
+    "%s is welcome",
+    async (name) => {
+      const server = open();
+      await enter(server, name);
+      expect(server.clients.map((client) => client.name)).toEqual([name.normalize("NFKC")]);
+    },
+  );
+
+  test.each([
+    ["good", "good"],
+    ["good", "GOOD"],
+    ["good", "ｇｏｏｄ"],
+    ["Straße", "STRASSE"],
+    ["Zoe\u0308", "ZOË"],
+    ["ΟΔΥΣΣΕΥΣ", "οδυσσευς"],
+  ])("while %s is here, %s is taken", async (held, wanted) => {
+    const server = open();
+    await enter(server, held);
+    expect(await refusal(server, wanted)).toEqual([
+      `* The name ${wanted.normalize("NFKC")} is taken.`,
+    ]);
+    expect(server.clients).toHaveLength(1);
+  });
+
+  test("a name is free at once when its owner leaves, also by reset", async () => {
+    const server = open();
+    const watcher = await enter(server, "watcher");
+    for (const leave of [
+      (peer: Peer) => void peer.socket.shutdown(),
+      (peer: Peer) => peer.send("/quit\n"),
+      (peer: Peer) => peer.socket.terminate(),
+    ]) {
+      const bob = await enter(server, "bob");
+      expect(await watcher.line()).toBe("* bob has joined the chat");
+      leave(bob);
+      expect(await watcher.line()).toBe("* bob has left the chat");
+    }
+    await enter(server, "bob");
+  });
+
+  test("an HTTP request is turned away, whatever follows it", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    const request = "POST / HTTP/1.1\r\nHost: 127.0.0.1:5555\r\n\r\nmallory\nhello from the web\n";
+    expect(await refusal(server, request)).toEqual(["* This is a chat and no web server."]);
+    await enter(server, "bob");
+    expect(await alice.line()).toBe("* bob has joined the chat");
+  });
+});
+
+describe("messages", () => {
+  test("go to all but the sender, in one order: 50 messages of each of 5 to 40 clients", async () => {
+    const server = open();
+    const names = Array.from({ length: 40 }, (_, number) => `user${number}`);
+    const crowd = await enterAll(server, ...names);
+    const speakers = names.slice(0, 5);
+    for (let number = 0; number < 50; number++)
+      for (const [place] of speakers.entries()) crowd[place]?.send(`line ${number}\n`);
+    const heard = await Promise.all(crowd.slice(5).map((peer) => peer.lines(250)));
+    for (const lines of heard) expect(lines).toEqual(heard[0] ?? []);
+    for (const [place, speaker] of speakers.entries()) {
+      const own = heard[0]?.filter((line) => line?.startsWith(`[${speaker}] `));
+      expect(own).toEqual(Array.from({ length: 50 }, (_, number) => `[${speaker}] line ${number}`));
+      const others = heard[0]?.filter((line) => !line?.startsWith(`[${speaker}] `));
+      expect(await crowd[place]?.lines(200)).toEqual(others);
+    }
+  });
+
+  test("blank lines are no messages", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("\n\r\n   \n\t\nhello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+  });
+
+  test("text arrives unharmed: blanks, tabs and every script", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const text =
+      "  two  spaces\tand a tab, 漢字, emoji 👩🏽‍🚀, \u05e9\u05dc\u05d5\u05dd, e\u0301 \ufeffBOM ";
+    alice.send(`${text}\r\n`);
+    expect(await bob.line()).toBe(`[alice] ${text}`);
+  });
+
+  test("controls, line separators and direction overrides are taken out", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    let controls = "";
+    for (let code = 0; code < 0xa0; code++)
+      if ((code < 0x20 || code >= 0x7f) && code !== 9 && code !== 10)
+        controls += String.fromCharCode(code);
+    alice.send(`a${controls}\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069b\n`);
+    expect(await bob.line()).toBe("[alice] ab");
+    alice.send("\u001b\u0007\u202e\n\u001b[2Jcleared?\n");
+    expect(await bob.line()).toBe("[alice] [2Jcleared?");
+  });
+
+  test("invalid UTF-8 becomes U+FFFD and harms nobody", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(Buffer.from([0x61, 0xff, 0x62, 0xe2, 0x82, 0x0a, 0x63, 0x0a]));
+    expect(await bob.lines(2)).toEqual(["[alice] a\ufffdb\ufffd", "[alice] c"]);
+  });
+
+  test("nobody can speak as somebody else or as the server", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("* carol has joined the chat\r[carol] hi\n\u2028* hm\n");
+    expect(await bob.lines(2)).toEqual([
+      "[alice] * carol has joined the chat[carol] hi",
+      "[alice] * hm",
+    ]);
+  });
+});
+
+describe("framing", () => {
+  test("a line byte by byte, its characters split", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    for (const byte of Buffer.from("héllo 漢 👍\r\n")) {
+      alice.send(Buffer.from([byte]));
+      // A round trip between two bytes, so that they come in packets of their own.
+      bob.send("/who\n");
+      const heard = await bob.until("* The room contains: alice, bob");
+      expect(heard).toEqual(byte === 10 ? ["[alice] héllo 漢 👍"] : []);
+    }
+  });
+
+  test("many lines in a packet, and a packet that ends in the middle of a line", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("one\ntwo\nthr");
+    expect(await bob.lines(2)).toEqual(["[alice] one", "[alice] two"]);
+    alice.send("ee\nfour\n");
+    expect(await bob.lines(2)).toEqual(["[alice] three", "[alice] four"]);
+  });
+
+  test("what stands behind the last newline was never a message", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("whole\nhalf");
+    alice.socket.shutdown();
+    expect(await bob.lines(2)).toEqual(["[alice] whole", "* alice has left the chat"]);
+  });
+
+  test.each([
+    ["\n", 4096],
+    ["\r\n", 4096],
+  ])("a line of 4096 bytes before %j goes through, one more does not", async (ending, limit) => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(`${"a".repeat(limit)}${ending}${"b".repeat(limit + 1)}${ending}short${ending}`);
+    expect(await bob.lines(2)).toEqual([`[alice] ${"a".repeat(limit)}`, "[alice] short"]);
+    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
+  });
+
+  test("a line of 3 MB is dropped, its sender told once, and the next line goes through", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("x".repeat(3_000_000));
+    alice.send("\nshort\n");
+    expect(await bob.line()).toBe("[alice] short");
+    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
+    alice.send("/who\n");
+    expect(await alice.line()).toBe("* The room contains: alice, bob");
+  });
+
+  test("any split of any bytes gives the same lines", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const bytes = Buffer.from("plain\r\n\n漢字 👍\n\u001b[1mbold\n" + "y".repeat(5000) + "\nend\n");
+    for (let size = 1; size < bytes.length; size = Math.ceil(size * 2.7)) {
+      for (let at = 0; at < bytes.length; at += size) {
+        alice.send(bytes.subarray(at, at + size));
+        if (bytes.length / size > 50) continue;
+        bob.send("/nick bob\n");
+        expect(await bob.until("* You are called bob already.")).toBeArray();
+      }
+      alice.send(`size ${size}\n`);
+      await bob.until(`[alice] size ${size}`);
+    }
+    // The same again, with nothing asked in between.
+    for (let size = 1; size < bytes.length; size = Math.ceil(size * 2.7)) {
+      for (let at = 0; at < bytes.length; at += size) alice.send(bytes.subarray(at, at + size));
+      expect(await bob.lines(4)).toEqual([
+        "[alice] plain",
+        "[alice] 漢字 👍",
+        "[alice] [1mbold",
+        "[alice] end",
+      ]);
+    }
+  });
+});
+
+describe("commands", () => {
+  test("/help lists them, for the one who asks", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("/help\n");
+    const lines = await alice.lines(6);
+    for (const [place, usage] of [
+      "/help",
+      "/who",
+      "/nick NAME",
+      "/msg NAME TEXT",
+      "/quit",
+    ].entries())
+      expect(lines[place]).toStartWith(`* ${usage} `);
+    expect(lines[5]).toStartWith("* //text ");
+    alice.send("done\n");
+    expect(await bob.line()).toBe("[alice] done");
+  });
+
+  test("/who names all who are here, in the order in which they came", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob", "carol")) as [Peer, Peer];
+    bob.socket.shutdown();
+    await alice.until("* bob has left the chat");
+    alice.send("/WHO\n");
+    expect(await alice.line()).toBe("* The room contains: alice, carol");
+  });
+
+  test("/nick renames, and all hear of it", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("before\n/nick Ａnna\nafter\n");
+    expect(await bob.lines(3)).toEqual([
+      "[alice] before",
+      "* alice is now called Anna",
+      "[Anna] after",
+    ]);
+    expect(await alice.line()).toBe("* alice is now called Anna");
+    await enter(server, "alice");
+    bob.send("/who\n");
+    expect((await bob.lines(2))[1]).toBe("* The room contains: bob, Anna, alice");
+  });
+
+  test("/nick to a taken, illegal or one's own name; in other case it is allowed", async () => {
+    const server = open();
+    const [alice] = (await enterAll(server, "alice", "bob")) as [Peer];
+    alice.send("/nick BOB\n/nick no!\n/nick\n/nick alice\n/nick Alice\n/nick two words\n");
+    expect(await alice.lines(6)).toEqual([
+      "* The name BOB is taken.",
+      NAME_RULE,
+      NAME_RULE,
+      "* You are called alice already.",
+      "* alice is now called Alice",
+      NAME_RULE,
+    ]);
+  });
+
+  test("/msg reaches two and nobody else, in its place among the other lines", async () => {
+    const log: string[] = [];
+    const server = open({ log: (event) => log.push(event) });
+    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as [
+      Peer,
+      Peer,
+      Peer,
+    ];
+    alice.send("one\n/msg BOB  psst,  you \ntwo\n");
+    expect(await bob.lines(3)).toEqual(["[alice] one", "[alice -> bob] psst,  you", "[alice] two"]);
+    expect(await carol.lines(2)).toEqual(["[alice] one", "[alice] two"]);
+    expect(await alice.line()).toBe("[alice -> bob] psst,  you");
+    expect(log.join("\n")).toContain("one");
+    expect(log.join("\n")).not.toContain("psst");
+  });
+
+  test("/msg to oneself comes once; to nobody, or without text, is explained", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    alice.send("/msg alice note\n/msg nobody hi\n/msg alice\n/msg\n");
+    expect(await alice.lines(4)).toEqual([
+      "[alice -> alice] note",
+      "* Nobody here is called nobody.",
+      "* Say it like this: /msg NAME TEXT",
+      "* Say it like this: /msg NAME TEXT",
+    ]);
+  });
+
+  test("// says a line that begins with a slash", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("//etc/passwd\n///\n");
+    expect(await bob.lines(2)).toEqual(["[alice] /etc/passwd", "[alice] //"]);
+  });
+
+  test.each(["/foo", "/", "/constructor", "/__proto__"])("%s is unknown", async (command) => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(`${command} bar\nstill here\n`);
+    expect(await alice.line()).toBe(`* Unknown command ${command}. Try /help.`);
+    expect(await bob.line()).toBe("[alice] still here");
+  });
+
+  test("/quit gets what was said before, and nothing that it says afterwards is heard", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("/who\n/quit\nghost\n");
+    expect(await alice.rest()).toEqual(["* The room contains: alice, bob"]);
+    expect(await bob.line()).toBe("* alice has left the chat");
+    bob.send("/who\n");
+    expect(await bob.line()).toBe("* The room contains: bob");
+  });
+});
+
+describe("leaving", () => {
+  test("by FIN: what was sent before is heard, then that they have left", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("bye\n");
+    alice.socket.end();
+    expect(await bob.lines(2)).toEqual(["[alice] bye", "* alice has left the chat"]);
+    expect(server.clients.map((client) => client.name)).toEqual(["bob"]);
+  });
+
+  test("by reset", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.socket.terminate();
+    expect(await bob.line()).toBe("* alice has left the chat");
+  });
+
+  test("half-closed: what is queued still comes, to the last byte", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    bob.socket.pause();
+    const text = "x".repeat(4000);
+    const count = 200;
+    for (let number = 0; number < count; number++) alice.send(`${number} ${text}\n`);
+    alice.send("/who\n");
+    await alice.line();
+    bob.socket.shutdown();
+    bob.socket.resume();
+    expect(await alice.line()).toBe("* bob has left the chat");
+    const lines = await bob.rest();
+    expect(lines).toHaveLength(count);
+    expect(lines.at(-1)).toBe(`[alice] ${count - 1} ${text}`);
+  });
+
+  test("joining and leaving in one packet", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    const bob = await Peer.connect(server);
+    bob.send("bob\nhi\n");
+    bob.socket.shutdown();
+    expect(await bob.rest()).toEqual([WELCOME, "* The room contains: alice"]);
+    expect(await alice.lines(3)).toEqual([
+      "* bob has joined the chat",
+      "[bob] hi",
+      "* bob has left the chat",
+    ]);
+  });
+
+  test("half of a crowd at once: the others lose no line and hear of each", async () => {
+    const server = open();
+    const names = Array.from({ length: 30 }, (_, number) => `user${number}`);
+    const crowd = await enterAll(server, ...names);
+    const [leavers, stayers] = [crowd.filter((_, i) => i % 2), crowd.filter((_, i) => i % 2 === 0)];
+    for (const [number, peer] of leavers.entries()) {
+      stayers[0]?.send(`line ${number}\n`);
+      peer.socket.terminate();
+    }
+    for (const peer of stayers.slice(1)) {
+      const lines = await peer.lines(30);
+      expect(lines.filter((line) => line?.startsWith("[user0] "))).toEqual(
+        leavers.map((_, number) => `[user0] line ${number}`),
+      );
+      expect(lines.filter((line) => line?.endsWith(" has left the chat")).toSorted()).toEqual(
+        names
+          .filter((_, i) => i % 2)
+          .map((name) => `* ${name} has left the chat`)
+          .toSorted(),
+      );
+    }
+    expect(server.clients).toHaveLength(15);
+  });
+});
+
+describe("a reader that does not read", () => {
+  /** Talks until somebody has left the room; returns all that a witness has heard. */
+  async function talkUntilSomebodyLeaves(speaker: Peer, witness: Peer, most: number) {
+    const text = "x".repeat(4000);
+    const heard: string[] = [];
+    for (let number = 0; number < most; number++) {
+      speaker.send(`${number} ${text}\n`);
+      const line = (await witness.line()) ?? "";
+      heard.push(line.slice(0, 60));
+      if (line.startsWith("* ")) return { heard, sent: number + 1 };
+    }
+    throw new Error(`nobody has left after ${most} lines`);
+  }
+
+  test("is dropped, and the others lose nothing", async () => {
+    const server = open();
+    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
+    if (!alice || !bob || !carol) throw new Error();
+    carol.socket.pause();
+    // The kernel keeps some megabytes for carol, the server one more; after 50 MB it must be over.
+    const { heard, sent } = await talkUntilSomebodyLeaves(alice, bob, 12_500);
+    expect(heard.pop()).toBe("* carol has left the chat (too slow)");
+    expect(heard.map((line) => line.split(" ")[1])).toEqual(heard.map((_, number) => `${number}`));
+    alice.send("done\n");
+    const rest = await bob.until("[alice] done");
+    expect(rest).toHaveLength(sent - heard.length);
+    expect(await alice.line()).toBe("* carol has left the chat (too slow)");
+    expect(server.clients.map((client) => client.name).toSorted()).toEqual(["alice", "bob"]);
+  });
+
+  test("that comes back in time has lost nothing", async () => {
+    const server = open();
+    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
+    if (!alice || !bob || !carol) throw new Error();
+    carol.socket.pause();
+    const text = "y".repeat(4000);
+    for (let number = 0; number < 900; number++) {
+      alice.send(`${number} ${text}\n`);
+      await bob.line();
+    }
+    alice.send("done\n");
+    await bob.line();
+    carol.socket.resume();
+    const lines = await carol.until("[alice] done");
+    expect(lines).toEqual(Array.from({ length: 900 }, (_, number) => `[alice] ${number} ${text}`));
+  });
+});
+
+describe("pacing", () => {
+  test("a paste of 250 lines arrives complete and in order, only slower", async () => {
+    jest.useFakeTimers();
+    const server = open({ rate: 10 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(Array.from({ length: 250 }, (_, number) => `line ${number}\n`).join(""));
+    // Ten seconds' worth at once, less the line with the name.
+    for (let number = 0; number < 99; number++)
+      expect(await bob.line()).toBe(`[alice] line ${number}`);
+    for (let second = 0; second < 15; second++) {
+      const first = 99 + second * 10;
+      bob.send("/who\n");
+      expect(await bob.line()).toBe("* The room contains: alice, bob");
+      for (let tick = 0; tick < 10; tick++) jest.advanceTimersByTime(100);
+      expect(await bob.lines(10)).toEqual(
+        Array.from({ length: 10 }, (_, number) => `[alice] line ${first + number}`),
+      );
+    }
+    jest.advanceTimersByTime(1000);
+    expect(await bob.line()).toBe("[alice] line 249");
+    alice.send("after the paste\n");
+    jest.advanceTimersByTime(1000);
+    expect(await bob.line()).toBe("[alice] after the paste");
+  });
+
+  test("who pastes and half-closes is heard to the last line, and leaves then", async () => {
+    jest.useFakeTimers();
+    const server = open({ rate: 10 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(Array.from({ length: 120 }, (_, number) => `line ${number}\n`).join("") + "half");
+    alice.socket.shutdown();
+    expect(await bob.lines(99)).not.toContain("* alice has left the chat");
+    for (let tick = 0; tick < 30; tick++) jest.advanceTimersByTime(100);
+    const lines = await bob.lines(22);
+    expect(lines.at(-2)).toBe("[alice] line 119");
+    expect(lines.at(-1)).toBe("* alice has left the chat");
+  });
+
+  test("nobody waits for one who floods, and his reset loses him the rest", async () => {
+    jest.useFakeTimers();
+    const server = open({ rate: 1 });
+    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
+    if (!alice || !bob || !carol) throw new Error();
+    alice.send("flood\n".repeat(50_000));
+    await bob.lines(9);
+    carol.send("hi\n");
+    expect((await bob.lines(1))[0]).toBe("[carol] hi");
+    alice.socket.terminate();
+    expect(await bob.line()).toMatch(/^\* alice has left the chat \(\d+ lines unread\)$/);
+  });
+
+  test("rate 0 lets 20,000 lines through at once", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const lines = Array.from({ length: 20_000 }, (_, number) => `line ${number}`);
+    alice.send(lines.join("\n") + "\n");
+    expect(await bob.lines(20_000)).toEqual(lines.map((line) => `[alice] ${line}`));
+  });
+});
+
+describe("limits", () => {
+  test("a full server says so and closes; a place that becomes free is taken", async () => {
+    const server = open({ maxClients: 2 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const carol = await Peer.connect(server);
+    carol.send("carol\nhello\n");
+    expect(await carol.rest()).toEqual(["* The server is full. Try again later."]);
+    carol.socket.end();
+    bob.socket.end();
+    expect(await alice.line()).toBe("* bob has left the chat");
+    await enter(server, "dave");
+  });
+
+  test("who gives no name within 60 s is let go, and the names of the others stay", async () => {
+    jest.useFakeTimers();
+    const server = open();
+    const alice = await enter(server, "alice");
+    const silent = await greeted(server);
+    jest.advanceTimersByTime(59_000);
+    const late = await greeted(server);
+    jest.advanceTimersByTime(2_000);
+    expect(await silent.rest()).toEqual(["* You gave no name within 60 seconds."]);
+    late.send("bob\n");
+    expect(await late.line()).toBe("* The room contains: alice");
+    expect(await alice.line()).toBe("* bob has joined the chat");
+  });
+
+  test("who is let go and does not close is cut off", async () => {
+    jest.useFakeTimers();
+    const server = open();
+    const peer = await greeted(server);
+    peer.send("no name!\n");
+    expect(await peer.line()).toBe(NAME_RULE);
+    await peer.ended.promise;
+    jest.advanceTimersByTime(11_000);
+    // The peer's half of the connection is still open: only a reset can have closed it.
+    expect(await peer.closed.promise).toBeInstanceOf(Error);
+  });
+});
+
+describe("shutdown", () => {
+  test("tells everybody, closes, and the port can be taken again at once", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const silent = await greeted(server);
+    const stopped = server.stop();
+    for (const peer of [alice, bob, silent]) {
+      expect(await peer.rest()).toEqual(["* The server is shutting down"]);
+      peer.socket.end();
+    }
+    await stopped;
+    await enter(open({ port: server.port }), "alice");
+  });
+
+  test("under load: what was sent before arrives, everywhere and complete", async () => {
+    const server = open();
+    const names = Array.from({ length: 50 }, (_, number) => `user${number}`);
+    const crowd = await enterAll(server, ...names);
+    for (const peer of crowd)
+      peer.send(Array.from({ length: 100 }, (_, number) => `line ${number}\n`).join(""));
+    const stopped = server.stop();
+    const heard = await Promise.all(crowd.map((peer) => peer.rest()));
+    for (const lines of heard) {
+      expect(lines).toHaveLength(49 * 100 + 1);
+      expect(lines.at(-1)).toBe("* The server is shutting down");
+    }
+    for (const peer of crowd) peer.socket.end();
+    await stopped;
+  });
+
+  test("a slow reader's queue is sent to its end", async () => {
+    const server = open();
+    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
+    if (!alice || !bob || !carol) throw new Error();
+    carol.socket.pause();
+    const text = "z".repeat(4000);
+    for (let number = 0; number < 900; number++) {
+      alice.send(`${number} ${text}\n`);
+      await bob.line();
+    }
+    const stopped = server.stop();
+    await bob.rest();
+    carol.socket.resume();
+    const lines = await carol.rest();
+    expect(lines).toHaveLength(901);
+    expect(lines.at(-2)).toBe(`[alice] 899 ${text}`);
+    for (const peer of [alice, bob, carol]) peer.socket.end();
+    await stopped;
+  });
+
+  test("tells those whose lines were still held back how many are lost", async () => {
+    const server = open({ rate: 1 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("flood\n".repeat(30));
+    await bob.lines(9);
+    const stopped = server.stop();
+    expect(await alice.rest()).toEqual([
+      "* Your last 21 lines came too late to be sent.",
+      "* The server is shutting down",
+    ]);
+    for (const peer of [alice, bob]) peer.socket.end();
+    await stopped;
+  });
+
+  test("who never reads or closes holds nothing up for longer than two seconds", async () => {
+    jest.useFakeTimers();
+    const server = open();
+    const alice = await enter(server, "alice");
+    alice.socket.pause();
+    let stopped = false;
+    const stopping = server.stop().then(() => (stopped = true));
+    let waited = 0;
+    for (; !stopped && waited < 10_000; waited += 5) {
+      jest.advanceTimersByTime(5);
+      await null;
+    }
+    expect(waited).toBeWithin(2_000, 2_100);
+    await stopping;
+  });
+});
+
+test("several servers in one process share nothing", async () => {
+  const [one, other] = [open(), open()];
+  const alice = await enter(one, "alice");
+  await enter(other, "alice");
+  const bob = await enter(one, "bob");
+  expect(await alice.line()).toBe("* bob has joined the chat");
+  bob.send("hi\n");
+  expect(await alice.line()).toBe("[bob] hi");
+});
