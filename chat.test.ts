@@ -294,7 +294,7 @@ describe("names", () => {
     const server = open();
     const alice = await enter(server, "alice");
     const request = "POST / HTTP/1.1\r\nHost: 127.0.0.1:5555\r\n\r\nmallory\nhello from the web\n";
-    expect(await refusal(server, request)).toEqual(["* This is a chat and no web server."]);
+    expect(await refusal(server, request)).toEqual([NAME_RULE]);
     await enter(server, "bob");
     expect(await alice.line()).toBe("* bob has joined the chat");
   });

@@ -11,10 +11,9 @@
  * begins with "/", which makes it a command. Lines that the server itself says begin with "* ".
  *
  * One idea carries the rest: whatever arrives in one turn of the event loop, from all sockets,
- * leaves together, with one write per client. So a line costs the server little even in a large
- * room, and everybody sees the same lines in the same order. A client that reads slowly has a queue
- * of its own, with a limit; one that sends too fast is read from more slowly; neither holds up
- * anybody else. Nothing is kept once it is sent: no history, no accounts, no files.
+ * leaves together, with one write per client. So a line costs little even in a large room, and all
+ * see the same lines in the same order. Who reads slowly has a queue of their own, with a limit;
+ * who sends too fast is read from more slowly; neither holds up anybody else.
  */
 
 import { parseArgs } from "node:util";
@@ -22,8 +21,6 @@ import type { Socket, TCPSocketListener } from "bun";
 
 const VERSION = "0.1.0";
 
-const NEWLINE = 10;
-const CARRIAGE_RETURN = 13;
 const WELCOME = "Welcome to the chat! What is your name?\n";
 const MAX_LINE = 4096; // bytes, without the line ending
 const MAX_QUEUE = 1024 * 1024; // bytes that may wait for a reader who does not keep up
@@ -31,9 +28,9 @@ const BURST = 10; // seconds' worth of messages that may come at once
 const NAME_DEADLINE = 60_000; // ms from connecting to giving a name
 const CLOSE_DEADLINE = 10_000; // ms that a leaving client may take to read some more of its queue
 const STOP_DEADLINE = 2_000; // ms that all clients together get to read their queues at shutdown
-const PACE = 100; // ms between two looks at those who have sent too fast
+const PACE = 100; // ms until the next look at one who has sent too fast
 const KEEPALIVE = 60_000; // ms of silence before the kernel asks whether the peer is still there
-const MAX_REST = 5; // ms that a line may wait while the room rests from a long flush
+const MAX_REST = 50; // ms that a line may wait while a very large room rests from a flush
 const SPARE_SOCKETS = 64; // descriptors beyond the clients': files, and those who are being refused
 
 /** What `startServer` can be told. */
@@ -51,6 +48,8 @@ const DEFAULTS: ServerOptions = { host: "127.0.0.1", port: 5555, rate: 10, maxCl
 // --- State -------------------------------------------------------------------------------------
 // Two records, written as classes so that each field stands beside its meaning and first value.
 
+const NOTHING = Buffer.alloc(0);
+
 /** One connection, from its greeting to its end. It is `socket.data` of its socket. */
 class Client {
   /** A refused one goes from naming to closing. Only who has joined is in the room. */
@@ -58,8 +57,8 @@ class Client {
   name = "";
   place = -1; // its index in `room.clients`, so that it leaves without a search
   deadline = performance.now() + NAME_DEADLINE; // ms; the end of patience outside the room
-  unread: Buffer | null = null; // the beginning of a line, or lines ahead of the allowance
-  ended = false; // the peer has sent its FIN
+  unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the allowance
+  heldBack: Timer | undefined; // set while it is not read from because it has sent too fast
   allowance = Infinity; // messages that it may send, as of `refilled` (ms)
   refilled = performance.now();
   queue: Uint8Array[] = []; // what the kernel did not take: views on batches, shared with others
@@ -70,25 +69,22 @@ class Client {
 }
 
 /** Instead of the bytes `from` to `to` of the batch, a client gets `instead`. */
-type Cut = { from: number; to: number; instead: Uint8Array };
+type Cut = { from: number; to: number; instead: Buffer };
 
 /** One server. A process may run several, which is how the tests do it. */
 class Room {
   clients: Client[] = [];
   names = new Map<string, Client>(); // by folded name, in the order of coming
   lobby = new Set<Client>(); // connected but not in the room: not yet named, or on the way out
-  paced = new Set<Client>(); // those who have sent too fast, and are not read from for the moment
   batch = ""; // what this turn says to everybody
   batchLength = 0; // in bytes
   flushing = false; // a flush is scheduled
   restUntil = 0; // ms; no flush before then
-  roster: string | null = ""; // all names; null when somebody has left and nobody has asked since
+  roster: string | null = null; // the line with all names; null while it is out of date
   received = 0; // chunks since the start, so that a stopping server sees whether more is coming
 
   constructor(readonly options: ServerOptions) {}
 }
-
-const NOTHING = new Uint8Array(0);
 
 // --- The life of a client ----------------------------------------------------------------------
 
@@ -111,31 +107,25 @@ export function handleClient(room: Room, socket: Socket<Client>): void {
 /** Takes the first line for a name: the client enters the room, or hears why not and is let go. */
 function join(room: Room, client: Client, line: string): void {
   const name = line.normalize("NFKC");
-  const refusal = HTTP_REQUEST.test(line)
-    ? "* This is a chat and no web server."
-    : refuseName(room, client, name);
+  const refusal = refuseName(room, client, name);
   if (refusal) return dismiss(room, client, refusal);
-
   // The roster goes out at once. All that the room hears from here on is in the batch behind it.
-  send(client, Buffer.from(`* The room contains: ${roster(room)}\n`));
-  broadcastMessage(room, `* ${name} has joined the chat`, null);
+  send(client, Buffer.from(roster(room) + "\n"));
+  broadcastMessage(room, `* ${name} has joined the chat`);
   client.cuts = [{ from: 0, to: room.batchLength, instead: NOTHING }];
   client.name = name;
   client.phase = "joined";
   client.place = room.clients.push(client) - 1;
-  room.roster = room.roster ? `${room.roster}, ${name}` : name;
+  if (room.roster !== null) room.roster += room.names.size > 0 ? `, ${name}` : name;
   room.names.set(foldName(name), client);
   room.lobby.delete(client);
   room.options.log?.(`User ${name} has joined the chat.`);
 }
 
-// One to 32 letters, marks and digits of any script, less those that cannot be seen: a name of
-// Hangul fillers would look like no name, and "bob" with a variation selector like another bob
-// (Default_Ignorable_Code_Point, Unicode UAX #44).
+// Letters, marks and digits of any script, less those that cannot be seen: a name of Hangul fillers
+// would look like no name (Default_Ignorable_Code_Point, Unicode UAX #44). No HTTP request begins
+// with one (RFC 9112, section 3), so no web page can talk into the room.
 const NAME = /^[[\p{L}\p{N}]--\p{DI}][[\p{L}\p{M}\p{N}]--\p{DI}]{0,31}$/v;
-// RFC 9112, section 3. No name looks like it, so no web page can talk into the room; the person
-// who has mistaken the port deserves a better answer than the rule about names.
-const HTTP_REQUEST = /^[A-Z]+ \S+ HTTP\/\d/;
 
 function refuseName(room: Room, client: Client, name: string): string | null {
   if (!NAME.test(name)) return "* A name is 1 to 32 letters and digits.";
@@ -149,19 +139,15 @@ function foldName(name: string): string {
 }
 
 function roster(room: Room): string {
-  return (room.roster ??= Array.from(room.names.values(), (client) => client.name).join(", "));
+  const names = () => Array.from(room.names.values(), (client) => client.name).join(", ");
+  return (room.roster ??= `* The room contains: ${names()}`);
 }
 
-/**
- * Lets a client go in peace: it leaves the room, gets what was said up to now and, if there is one,
- * the notice why, then a FIN.
- */
+/** Lets a client go: it gets what was said up to now, and the notice why, if any; then a FIN. */
 function dismiss(room: Room, client: Client, notice?: string): void {
   if (client.phase !== "naming" && client.phase !== "joined") return;
   if (notice) tell(room, client, notice);
   if (client.phase === "joined") deliver(client, Buffer.from(room.batch));
-  // From here on what it sends is thrown away, but its FIN must be seen.
-  if (room.paced.has(client)) client.socket.resume();
   removeClient(room, client);
   client.phase = "closing";
   client.deadline = performance.now() + CLOSE_DEADLINE;
@@ -169,15 +155,10 @@ function dismiss(room: Room, client: Client, notice?: string): void {
   closeWhenSent(client);
 }
 
-/**
- * Takes a client out of the room and tells the others, whatever became of it. Harmless when it has
- * not joined or is gone already.
- *
- * @param why shown behind the news, such as " (too slow)"
- */
+/** Takes a client out of the room, if it is in it, and tells the others that it has left. */
 export function removeClient(room: Room, client: Client, why = ""): void {
   room.lobby.delete(client);
-  room.paced.delete(client);
+  if (client.heldBack) readOn(client);
   if (client.phase === "joined") {
     const last = room.clients.pop();
     if (last && last !== client) {
@@ -186,21 +167,15 @@ export function removeClient(room: Room, client: Client, why = ""): void {
     }
     room.names.delete(foldName(client.name));
     room.roster = null;
-    broadcastMessage(room, `* ${client.name} has left the chat${why}`, null);
+    broadcastMessage(room, `* ${client.name} has left the chat${why}`);
     room.options.log?.(`Removing user: ${client.name} from clients${why}`);
   }
   client.phase = "gone";
 }
 
-/** Half-closes once all is sent. `end()` instead could destroy what the kernel has not sent yet. */
+/** Sends the FIN once all is sent. `end()` could destroy what is still on its way. */
 function closeWhenSent(client: Client): void {
   if (client.phase === "closing" && client.queued === 0) client.socket.shutdown();
-}
-
-/** The peer has sent its FIN. It may still read (`echo hi | nc -N`), so what is queued is sent. */
-function halfClosed(room: Room, client: Client): void {
-  client.ended = true;
-  if (!room.paced.has(client)) dismiss(room, client);
 }
 
 /** The connection is closed, by whomever. Nothing can be told to this client any more. */
@@ -209,18 +184,16 @@ function closed(room: Room, client: Client): void {
   removeClient(room, client, lost > 0 ? ` (${lost} lines unread)` : "");
 }
 
-function countLines(bytes: Buffer | null): number {
-  return (bytes?.toString("latin1").split("\n").length ?? 1) - 1;
+function countLines(bytes: Buffer): number {
+  return bytes.toString("latin1").split("\n").length - 1;
 }
 
 /** Looks once a second for those who take too long to give their name or to close. */
 function sweep(room: Room): void {
-  const now = performance.now();
   for (const client of room.lobby) {
-    if (now < client.deadline) continue;
-    if (client.phase === "naming")
-      dismiss(room, client, `* You gave no name within ${NAME_DEADLINE / 1000} seconds.`);
-    else client.socket.terminate();
+    if (performance.now() < client.deadline) continue;
+    if (client.phase === "closing") client.socket.terminate();
+    else dismiss(room, client, `* You gave no name within ${NAME_DEADLINE / 1000} seconds.`);
   }
 }
 
@@ -229,17 +202,22 @@ function sweep(room: Room): void {
 /** Bytes have come. They are lines only as far as they end in a newline. */
 function receive(room: Room, client: Client, chunk: Buffer): void {
   room.received++;
-  if (client.phase === "naming" || client.phase === "joined")
-    readLines(room, client, client.unread ? Buffer.concat([client.unread, chunk]) : chunk);
+  client.unread = client.unread.length > 0 ? Buffer.concat([client.unread, chunk]) : chunk;
+  if (!client.heldBack) readLines(room, client);
 }
 
 /** Takes as many lines as the allowance lets through, and keeps the rest for later. */
-function readLines(room: Room, client: Client, bytes: Buffer): void {
-  refill(room, client);
-  client.unread = null;
+function readLines(room: Room, client: Client): void {
+  const bytes = client.unread;
+  client.unread = NOTHING;
+  const { rate } = room.options;
+  const now = performance.now();
+  const grown = client.allowance + ((now - client.refilled) / 1000) * rate;
+  if (rate > 0) client.allowance = Math.min(grown, rate * BURST);
+  client.refilled = now;
   let start = 0;
   while (client.phase === "naming" || client.phase === "joined") {
-    const end = bytes.indexOf(NEWLINE, start);
+    const end = bytes.indexOf(10, start); // \n
     if (end === -1) return keepUnfinished(room, client, bytes.subarray(start));
     if (client.allowance < 1) return holdBack(room, client, bytes.subarray(start));
     client.allowance--;
@@ -248,15 +226,14 @@ function readLines(room: Room, client: Client, bytes: Buffer): void {
   }
 }
 
-const TOO_LONG = `* Your message was longer than ${MAX_LINE} bytes and was not sent.`;
-
 /** A line is bytes until it is whole: a character may be split over two packets. */
 function takeLine(room: Room, client: Client, bytes: Buffer, start: number, end: number): void {
-  if (end > start && bytes[end - 1] === CARRIAGE_RETURN) end--;
+  if (end > start && bytes[end - 1] === 13) end--; // \r
   const tooLong = end - start > MAX_LINE;
   const line = tooLong ? "" : bytes.toString("utf8", start, end).replace(UNCLEAN, "");
   if (client.phase === "naming") join(room, client, line);
-  else if (tooLong) tell(room, client, TOO_LONG);
+  else if (tooLong)
+    tell(room, client, `* Your message was longer than ${MAX_LINE} bytes and was not sent.`);
   else if (line.startsWith("/") && !line.startsWith("//")) obey(room, client, line);
   else if (/\S/.test(line)) {
     const text = line.startsWith("//") ? line.slice(1) : line;
@@ -269,45 +246,30 @@ function takeLine(room: Room, client: Client, bytes: Buffer, start: number, end:
 // around (Unicode UAX #9): all that could make a terminal or a reader see what nobody wrote.
 const UNCLEAN = /[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
 
-/**
- * Keeps the beginning of a line: as a copy, because a view would hold the whole chunk in memory, and
- * no more of it than is needed to see in the end that it was too long.
- */
+/** Keeps a copy of the beginning of a line, for a view would hold the whole chunk, and not too much. */
 function keepUnfinished(room: Room, client: Client, rest: Buffer): void {
-  client.unread = rest.length > 0 ? Buffer.from(rest.subarray(0, MAX_LINE + 2)) : null;
-  if (room.paced.delete(client)) client.socket.resume();
-  if (client.ended) dismiss(room, client);
-}
-
-function refill({ options: { rate } }: Room, client: Client): void {
-  const now = performance.now();
-  const grown = client.allowance + ((now - client.refilled) / 1000) * rate;
-  if (rate > 0) client.allowance = Math.min(grown, rate * BURST);
-  client.refilled = now;
+  if (rest.length > 0) client.unread = Buffer.from(rest.subarray(0, MAX_LINE + 2));
+  if (client.heldBack) readOn(client);
 }
 
 /** Stops reading from one that sends too fast. TCP in its turn holds back the sender. */
 function holdBack(room: Room, client: Client, rest: Buffer): void {
   client.unread = rest;
   client.socket.pause();
-  if (room.paced.size === 0) setTimeout(readOn, PACE, room);
-  room.paced.add(client);
+  client.heldBack = setTimeout(readLines, PACE, room, client);
 }
 
-function readOn(room: Room): void {
-  // A copy, because who is still too fast leaves the set and enters it again.
-  for (const client of [...room.paced]) if (client.unread) readLines(room, client, client.unread);
-  if (room.paced.size > 0) setTimeout(readOn, PACE, room);
+function readOn(client: Client): void {
+  clearTimeout(client.heldBack);
+  client.heldBack = undefined;
+  client.socket.resume();
 }
 
 /**
- * Says a line to everybody in the room but its sender. It leaves with all else that is said in this
- * turn of the event loop.
- *
- * @param line without a line ending
- * @param sender null when it is the server that speaks
+ * Says a line, given without its ending, to everybody in the room but its sender, together with all
+ * else that this turn brings. Without a sender it is the server that speaks.
  */
-export function broadcastMessage(room: Room, line: string, sender: Client | null): void {
+export function broadcastMessage(room: Room, line: string, sender?: Client): void {
   const from = room.batchLength;
   room.batch += line + "\n";
   room.batchLength += Buffer.byteLength(line) + 1;
@@ -324,7 +286,7 @@ function tell(room: Room, client: Client, line: string): void {
 }
 
 /** Notes that a client gets `instead` in place of the bytes `from` to `to` of this turn's batch. */
-function cut(client: Client, from: number, to: number, instead: Uint8Array): void {
+function cut(client: Client, from: number, to: number, instead: Buffer): void {
   client.cuts ??= [];
   const last = client.cuts.at(-1);
   if (last && last.to === from && instead === NOTHING) last.to = to;
@@ -332,9 +294,8 @@ function cut(client: Client, from: number, to: number, instead: Uint8Array): voi
 }
 
 /**
- * A flush costs a system call per client, so in a large room it is worth while to let a few lines
- * gather: after a flush the room rests as long as the flush took, but never longer than a person
- * could notice. In a small room the rest is shorter than a timer can measure, and there is none.
+ * A flush is a system call per client, so in a large room it pays to let lines gather: the room
+ * rests for as long as its last flush took. In a small one no timer could measure that.
  */
 function scheduleFlush(room: Room): void {
   if (room.flushing) return;
@@ -352,11 +313,9 @@ function flush(room: Room): void {
   room.batchLength = 0;
   room.flushing = false;
 
-  // Backwards, because a removal puts the last client into the place of the one removed: it has
-  // its share already. What the removal says to the room goes into the next batch.
-  for (let place = room.clients.length - 1; place >= 0; place--) {
-    const client = room.clients[place];
-    if (!client) continue;
+  // A copy, because a removal moves the last client into the place of the one removed. What is said
+  // about the removal goes into the next batch.
+  for (const client of [...room.clients]) {
     const lagged = client.queued > 0;
     deliver(client, batch);
     // One batch may be larger than the limit: only who has not kept up with earlier ones is slow.
@@ -364,8 +323,8 @@ function flush(room: Room): void {
     removeClient(room, client, " (too slow)");
     client.socket.terminate();
   }
-  const ended = performance.now();
-  room.restUntil = ended + Math.min(ended - started, MAX_REST);
+  const took = performance.now() - started;
+  room.restUntil = started + took + Math.min(took, MAX_REST);
 }
 
 function deliver(client: Client, batch: Buffer): void {
@@ -403,12 +362,9 @@ function drain(client: Client): void {
 
 // --- Commands ----------------------------------------------------------------------------------
 
-/** @param rest what stands behind the command's name, without the blanks around it */
-type Run = (room: Room, client: Client, rest: string) => void;
-
-const COMMANDS: readonly [usage: string, help: string, run: Run][] = [
+const COMMANDS: readonly [usage: string, help: string, run: typeof whisper][] = [
   ["/help", "shows this list", help],
-  ["/who", "says who is here", who],
+  ["/who", "says who is here", (room, client) => tell(room, client, roster(room))],
   ["/nick NAME", "gives you another name", changeName],
   ["/msg NAME TEXT", "says something to one person only", whisper],
   ["/quit", "leaves the room", (room, client) => dismiss(room, client)],
@@ -432,16 +388,12 @@ function help(room: Room, client: Client): void {
   tell(room, client, "* //text says /text, for a message that begins with a slash");
 }
 
-function who(room: Room, client: Client): void {
-  tell(room, client, `* The room contains: ${roster(room)}`);
-}
-
 function changeName(room: Room, client: Client, wish: string): void {
   const name = wish.normalize("NFKC");
   const refusal =
     name === client.name ? `* You are called ${name} already.` : refuseName(room, client, name);
   if (refusal) return tell(room, client, refusal);
-  broadcastMessage(room, `* ${client.name} is now called ${name}`, null);
+  broadcastMessage(room, `* ${client.name} is now called ${name}`);
   room.options.log?.(`User ${client.name} is now called ${name}.`);
   room.names.delete(foldName(client.name));
   room.names.set(foldName(name), client);
@@ -461,27 +413,22 @@ function whisper(room: Room, client: Client, rest: string): void {
 
 // --- Start and shutdown ------------------------------------------------------------------------
 
-/** A running server. */
-export type Server = {
-  host: string;
-  port: number;
-  maxClients: number; // what was asked for, or less when the limit of open files is nearer
-  clients: readonly { readonly name: string }[]; // those in the room, in no particular order
-  stop: () => Promise<void>; // takes 2 s at most, and a little
-};
+/** A running server: what `startServer` returns. */
+export type Server = ReturnType<typeof startServer>;
 
 /**
- * Opens a room.
+ * Opens a room, which stays open until `stop()` of the returned handle is called.
  *
- * @returns a handle; the server runs until its `stop()` is called
- * @throws what Bun.listen throws: an error with the code EADDRINUSE, EADDRNOTAVAIL or EACCES, or
- *   without a code when the host cannot be resolved
+ * @throws what Bun.listen throws: an error with a code such as EADDRINUSE, or without one when the
+ *   host cannot be resolved
  */
-export function startServer(options: Partial<ServerOptions> = {}): Server {
+export function startServer(options: Partial<ServerOptions> = {}) {
   const room = new Room({ ...DEFAULTS, ...options });
   const { maxClients, logError } = room.options;
-  // A process out of descriptors can do nothing, not even refuse.
-  room.options.maxClients = Math.min(maxClients, Math.max(1, descriptorLimit() - SPARE_SOCKETS));
+  // A process out of descriptors can do nothing, not even refuse. Bun has raised the soft limit.
+  const report = process.report.getReport() as { userLimits?: { open_files?: { soft?: unknown } } };
+  const limit = Number(report.userLimits?.open_files?.soft) || Infinity; // may be "unlimited"
+  room.options.maxClients = Math.min(maxClients, Math.max(1, limit - SPARE_SOCKETS));
   const listener = Bun.listen<Client>({
     hostname: room.options.host,
     port: room.options.port,
@@ -490,7 +437,8 @@ export function startServer(options: Partial<ServerOptions> = {}): Server {
       open: (socket) => handleClient(room, socket),
       data: (socket, chunk) => receive(room, socket.data, chunk),
       drain: (socket) => drain(socket.data),
-      end: (socket) => halfClosed(room, socket.data),
+      // Who has sent a FIN may still read (`echo hi | nc -N`). A paused socket shows it later.
+      end: (socket) => dismiss(room, socket.data),
       close: (socket) => closed(room, socket.data),
       error: (socket, error) => {
         logError?.(error.stack ?? String(error));
@@ -500,53 +448,37 @@ export function startServer(options: Partial<ServerOptions> = {}): Server {
   });
   const sweeper = setInterval(sweep, 1000, room);
   return {
-    host: listener.hostname,
     port: listener.port,
     maxClients: room.options.maxClients,
-    clients: room.clients,
-    stop: () => stop(room, listener, sweeper),
+    clients: room.clients as readonly { readonly name: string }[], // in no particular order
+    stop: () => stop(room, listener, sweeper), // takes 2 s at most, and a little
   };
 }
 
-/** How many files and sockets this process may have open. Bun has raised the soft limit. */
-function descriptorLimit(): number {
-  const report = process.report.getReport() as { userLimits?: { open_files?: { soft?: unknown } } };
-  const limit = report.userLimits?.open_files?.soft;
-  return typeof limit === "number" ? limit : Infinity;
-}
-
-/**
- * Delivers what was said, announces the end, lets everybody read to the end of the queue, and
- * closes. Who has not read all after two seconds is cut off.
- */
+/** Delivers what was said, announces the end, and gives everybody two seconds to read it all. */
 async function stop(room: Room, listener: TCPSocketListener<Client>, sweeper: Timer) {
   listener.stop(false);
-  await silence(room);
   clearInterval(sweeper);
-  for (const client of room.paced)
-    tell(room, client, `* Your last ${countLines(client.unread)} lines came too late to be sent.`);
-  room.paced.clear();
-  broadcastMessage(room, "* The server is shutting down", null);
+  // What clients have sent before is in the kernel: it is all read when a look brings nothing new.
+  let deadline = performance.now() + STOP_DEADLINE / 4;
+  for (let seen = -1; seen < room.received && performance.now() < deadline; await Bun.sleep(5))
+    seen = room.received;
+  for (const client of room.clients) {
+    const lines = countLines(client.unread);
+    if (lines > 0) tell(room, client, `* Your last ${lines} lines came too late to be sent.`);
+  }
+  broadcastMessage(room, "* The server is shutting down");
   flush(room);
   for (const client of room.clients.splice(0)) room.lobby.add(client);
   for (const client of room.lobby) {
     if (client.phase === "naming") tell(room, client, "* The server is shutting down");
     client.phase = "closing";
-    client.socket.resume();
+    if (client.heldBack) readOn(client);
     closeWhenSent(client);
   }
-  const deadline = performance.now() + STOP_DEADLINE;
+  deadline = performance.now() + STOP_DEADLINE;
   while (room.lobby.size > 0 && performance.now() < deadline) await Bun.sleep(5);
   for (const client of room.lobby) client.socket.terminate();
-}
-
-/** Waits until what clients have sent before is read, which is when a look brings no news. */
-async function silence(room: Room): Promise<void> {
-  const deadline = performance.now() + STOP_DEADLINE / 4;
-  for (let before = -1; before < room.received && performance.now() < deadline;) {
-    before = room.received;
-    await Bun.sleep(5);
-  }
 }
 
 // --- The program -------------------------------------------------------------------------------
@@ -566,11 +498,19 @@ Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
 function main(): void {
   const { quiet, ...options } = readOptions();
   const print = createPrinter(process.stdout);
-  const printError = createPrinter(process.stderr);
-  const server = open({ ...options, ...(quiet ? {} : { log: print }), logError: printError });
+  const logError = createPrinter(process.stderr);
+  let server: Server;
+  try {
+    server = startServer({ ...options, ...(quiet ? {} : { log: print }), logError });
+  } catch (error) {
+    const code = error instanceof Error && "code" in error ? error.code : undefined;
+    const reason = LISTEN_PROBLEMS.get(code) ?? "The host is unknown: choose another with --host.";
+    console.error(`Could not listen on ${endpoint(options.host, options.port)}. ${reason}`);
+    process.exit(1);
+  }
   if (server.maxClients < options.maxClients)
     print(`At most ${server.maxClients} clients: more would need more open files (ulimit -n).`);
-  print(`Server is running on ${endpoint(server.host, server.port)}, waiting for connections...`);
+  print(`Server is running on ${endpoint(options.host, server.port)}, waiting for connections...`);
 
   let stopping = false;
   const onSignal = (_signal: string, number: number) => {
@@ -587,16 +527,18 @@ function readOptions(): ServerOptions & { quiet: boolean } {
     const { values } = parseArgs({
       options: {
         host: { type: "string", default: DEFAULTS.host },
-        port: { type: "string", default: String(DEFAULTS.port) },
-        rate: { type: "string", default: String(DEFAULTS.rate) },
-        "max-clients": { type: "string", default: String(DEFAULTS.maxClients) },
+        port: { type: "string", default: `${DEFAULTS.port}` },
+        rate: { type: "string", default: `${DEFAULTS.rate}` },
+        "max-clients": { type: "string", default: `${DEFAULTS.maxClients}` },
         quiet: { type: "boolean", default: false },
-        help: { type: "boolean", default: false },
-        version: { type: "boolean", default: false },
+        help: { type: "boolean" },
+        version: { type: "boolean" },
       },
     });
-    if (values.help) exit(0, USAGE);
-    if (values.version) exit(0, `bun-chat server ${VERSION}`);
+    if (values.help || values.version) {
+      console.log(values.help ? USAGE : `bun-chat server ${VERSION}`);
+      process.exit(0);
+    }
     return {
       host: values.host,
       port: wholeNumber("--port", values.port, 0, 65_535),
@@ -607,7 +549,8 @@ function readOptions(): ServerOptions & { quiet: boolean } {
   } catch (error) {
     // parseArgs goes on about positional arguments, of which there are none.
     const [what] = (error instanceof Error ? error.message : String(error)).split(". ");
-    return exit(2, `${what}. See bun server.ts --help.`);
+    console.error(`${what}. See bun server.ts --help.`);
+    process.exit(2);
   }
 }
 
@@ -617,27 +560,11 @@ function wholeNumber(option: string, text: string, least: number, most: number):
   throw new Error(`${option} takes a whole number from ${least} to ${most}, and "${text}" is none`);
 }
 
-const LISTEN_PROBLEMS = new Map([
+const LISTEN_PROBLEMS = new Map<unknown, string>([
   ["EADDRINUSE", "The port is in use: choose another one with --port."],
   ["EADDRNOTAVAIL", "The address is not one of this machine's: choose another one with --host."],
   ["EACCES", "That port is for the administrator: choose one above 1023 with --port."],
 ]);
-
-function open(options: ServerOptions): Server {
-  try {
-    return startServer(options);
-  } catch (error) {
-    const code = error instanceof Error && "code" in error ? String(error.code) : "";
-    const reason = LISTEN_PROBLEMS.get(code) ?? `The host is unknown: choose another with --host.`;
-    return exit(1, `Could not listen on ${endpoint(options.host, options.port)}. ${reason}`);
-  }
-}
-
-function exit(code: number, text: string): never {
-  if (code === 0) console.log(text);
-  else console.error(text);
-  process.exit(code);
-}
 
 /** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
 function endpoint(host: string, port: number): string {
@@ -645,8 +572,8 @@ function endpoint(host: string, port: number): string {
 }
 
 /**
- * Prints lines with the local time, all of a turn at once. When nobody reads the stream, lines are
- * left out and counted rather than kept, and when it is closed, the chat goes on all the same.
+ * Prints lines with the local time, all of a turn at once. When nobody reads them, they are counted
+ * and not kept; when the stream is closed, the chat goes on all the same.
  */
 function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
   let turn = "";
@@ -659,7 +586,7 @@ function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
   return (line) => {
     if (stream.writableLength > MAX_QUEUE) return void lost++;
     if (turn === "") setImmediate(write);
-    const time = new Date().toLocaleString("sv");
+    const time = new Date().toLocaleString("sv"); // Swedish writes 2026-12-31 23:59:59
     if (lost > 0) turn += `${time} (${lost} lines are missing here: nobody read them)\n`;
     lost = 0;
     turn += `${time} ${line}\n`;
