@@ -866,3 +866,157 @@ test("several servers in one process share nothing", async () => {
   bob.send("hi\n");
   expect(await alice.line()).toBe("[bob] hi");
 });
+
+// --- The server as a program -------------------------------------------------------------------
+
+/** A program with pipes for streams, whose output a test awaits. */
+class Program {
+  output = "";
+  problems = "";
+  private wake = () => {};
+  readonly process;
+  readonly exited: Promise<number>;
+
+  constructor(...command: string[]) {
+    this.process = Bun.spawn(command, {
+      cwd: import.meta.dir,
+      stdin: "pipe",
+      stdout: "pipe",
+      stderr: "pipe",
+      env: { ...process.env, TZ: "UTC" },
+    });
+    const out = this.read(this.process.stdout, (text) => (this.output += text));
+    const problems = this.read(this.process.stderr, (text) => (this.problems += text));
+    this.exited = Promise.all([this.process.exited, out, problems]).then(([code]) => code);
+    programs.add(this);
+  }
+
+  private async read(stream: ReadableStream<Uint8Array>, take: (text: string) => void) {
+    const decoder = new TextDecoder();
+    for await (const chunk of stream) {
+      take(decoder.decode(chunk, { stream: true }));
+      this.wake();
+    }
+  }
+
+  /** Waits until the standard output holds something like `pattern`, which it returns. */
+  async until(pattern: RegExp): Promise<RegExpMatchArray> {
+    for (;;) {
+      const match = this.output.match(pattern);
+      if (match) return match;
+      await new Promise<void>((resolve) => (this.wake = resolve));
+    }
+  }
+}
+
+const programs = new Set<Program>();
+
+afterEach(() => {
+  for (const program of programs) program.process.kill("SIGKILL");
+  programs.clear();
+});
+
+/** `bun server.ts` on a free port, once it listens. */
+async function serve(...options: string[]): Promise<Program & { port: number }> {
+  const program = new Program("bun", "server.ts", "--port", "0", ...options);
+  const [, port] = await program.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
+  return Object.assign(program, { port: Number(port) });
+}
+
+describe("bun server.ts", () => {
+  test("logs who comes, what is said and who goes, with the local time", async () => {
+    const server = await serve();
+    const alex = await enter(server, "Alex");
+    alex.send("Hello everyone!\n/nick Sasha\n/msg Sasha a secret\n");
+    alex.socket.shutdown();
+    await server.until(/Removing user/);
+    server.process.kill("SIGTERM");
+    expect(await server.exited).toBe(0);
+    const lines = server.output.trimEnd().split("\n");
+    for (const line of lines) expect(line).toMatch(/^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S/);
+    expect(lines.map((line) => line.slice(20).replace(/:\d{4,5}\b/, ":PORT"))).toEqual([
+      "Server is running on 127.0.0.1:PORT, waiting for connections...",
+      "New connection from 127.0.0.1:PORT",
+      "User Alex has joined the chat.",
+      "Received message from Alex: Hello everyone!",
+      "User Alex is now called Sasha.",
+      "Removing user: Sasha from clients",
+      "Server is shutting down",
+    ]);
+  });
+
+  test("--quiet keeps only start and stop", async () => {
+    const server = await serve("--quiet");
+    const alex = await enter(server, "Alex");
+    alex.send("Hello everyone!\n/who\n");
+    await alex.line();
+    server.process.kill("SIGINT");
+    expect(await alex.rest()).toEqual(["* The server is shutting down"]);
+    alex.socket.end();
+    expect(await server.exited).toBe(0);
+    expect(server.output.trimEnd().split("\n")).toHaveLength(2);
+    expect(server.problems).toBe("");
+  });
+
+  test("a second signal ends it at once", async () => {
+    const server = await serve();
+    const alice = await enter(server, "alice");
+    alice.socket.pause(); // so that the first signal leaves it waiting
+    server.process.kill("SIGTERM");
+    await server.until(/Server is shutting down/);
+    server.process.kill("SIGTERM");
+    expect(await server.exited).toBe(128 + 15);
+  });
+
+  test("options reach the room", async () => {
+    const server = await serve("--max-clients", "1", "--rate", "0");
+    const alice = await enter(server, "alice");
+    const bob = await Peer.connect(server);
+    expect(await bob.rest()).toEqual(["* The server is full. Try again later."]);
+    alice.send("/who\n".repeat(500));
+    expect(await alice.lines(500)).toHaveLength(500);
+  });
+
+  test.each([
+    [["--port", "banana"], 2, /^--port takes a whole number from 0 to 65535, and "banana" is none/],
+    [["--port", "65536"], 2, /^--port takes a whole number/],
+    [["--port"], 2, /^Option '--port <value>' argument missing/],
+    [["--rate", "-1"], 2, /^Option '--rate' argument is ambiguous/],
+    [["--max-clients", "0"], 2, /^--max-clients takes a whole number from 1/],
+    [["--foo"], 2, /^Unknown option '--foo'/],
+    [["foo"], 2, /^Unexpected argument 'foo'/],
+    [
+      ["--host", "192.0.2.1"],
+      1,
+      /^Could not listen on 192\.0\.2\.1:5555\. The address is not one of/,
+    ],
+    [["--host", "no.such.host.invalid"], 1, /^Could not listen on .*\. The host is unknown/],
+  ])("%j: one clear line, exit code %d", async (options, code, reason) => {
+    const program = new Program("bun", "server.ts", ...options);
+    expect(await program.exited).toBe(code);
+    expect(program.problems).toMatch(reason);
+    expect(program.problems.trimEnd().split("\n")).toHaveLength(1);
+    expect(program.output).toBe("");
+  });
+
+  test("a port in use: one clear line, exit code 1, and the first server goes on", async () => {
+    const server = await serve();
+    const second = new Program("bun", "server.ts", "--port", `${server.port}`);
+    expect(await second.exited).toBe(1);
+    expect(second.problems).toBe(
+      `Could not listen on 127.0.0.1:${server.port}. The port is in use: choose another one with --port.\n`,
+    );
+    await enter(server, "alice");
+  });
+
+  test("runs as ./server.ts; --help and --version say so and exit", async () => {
+    const help = new Program("./server.ts", "--help");
+    expect(await help.exited).toBe(0);
+    for (const option of ["--host", "--port", "--rate", "--max-clients", "--quiet", "--version"])
+      expect(help.output).toContain(`  ${option} `);
+    const { version } = await Bun.file(`${import.meta.dir}/package.json`).json();
+    const program = new Program("./server.ts", "--version");
+    expect(await program.exited).toBe(0);
+    expect(program.output).toBe(`bun-chat server ${version}\n`);
+  });
+});

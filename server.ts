@@ -218,7 +218,7 @@ function readLines(room: Room, client: Client): void {
   let start = 0;
   while (client.phase === "naming" || client.phase === "joined") {
     const end = bytes.indexOf(10, start); // \n
-    if (end === -1) return keepUnfinished(room, client, bytes.subarray(start));
+    if (end === -1) return keepUnfinished(client, bytes.subarray(start));
     if (client.allowance < 1) return holdBack(room, client, bytes.subarray(start));
     client.allowance--;
     takeLine(room, client, bytes, start, end);
@@ -246,8 +246,8 @@ function takeLine(room: Room, client: Client, bytes: Buffer, start: number, end:
 // around (Unicode UAX #9): all that could make a terminal or a reader see what nobody wrote.
 const UNCLEAN = /[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
 
-/** Keeps a copy of the beginning of a line, for a view would hold the whole chunk, and not too much. */
-function keepUnfinished(room: Room, client: Client, rest: Buffer): void {
+/** Keeps the beginning of a line, as a copy: a view would hold the whole chunk. */
+function keepUnfinished(client: Client, rest: Buffer): void {
   if (rest.length > 0) client.unread = Buffer.from(rest.subarray(0, MAX_LINE + 2));
   if (client.heldBack) readOn(client);
 }
@@ -548,7 +548,7 @@ function readOptions(): ServerOptions & { quiet: boolean } {
     };
   } catch (error) {
     // parseArgs goes on about positional arguments, of which there are none.
-    const [what] = (error instanceof Error ? error.message : String(error)).split(". ");
+    const [what] = (error instanceof Error ? error.message : String(error)).split(/\.\s/);
     console.error(`${what}. See bun server.ts --help.`);
     process.exit(2);
   }
