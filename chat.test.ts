@@ -146,6 +146,23 @@ async function enterAll(server: { port: number }, ...names: string[]): Promise<P
   return room;
 }
 
+/**
+ * Talks until the server holds half a megabyte for a reader who does not read, which is below its
+ * limit. Returns all that was said.
+ */
+async function fillQueue(server: Server, speaker: Peer, reader: string): Promise<string[]> {
+  const said: string[] = [];
+  const text = "x".repeat(4000);
+  const queued = () => server.clients.find(({ name }) => name === reader)?.queued ?? 0;
+  while (queued() < 500_000) {
+    if (said.length > 12_500) throw new Error("the kernel takes more than 50 MB");
+    said.push(`${said.length} ${text}`);
+    speaker.send(`${said.at(-1)}\n/who\n`);
+    await speaker.line();
+  }
+  return said.map((line) => `[${server.clients[0]?.name}] ${line}`);
+}
+
 /** What a newcomer hears instead of the roster. The connection is closed after it. */
 async function refusal(server: { port: number }, firstLine: string): Promise<string[]> {
   const peer = await greeted(server);
@@ -417,6 +434,19 @@ describe("framing", () => {
     expect(await alice.line()).toBe("* The room contains: alice, bob");
   });
 
+  test("a long line whose end comes by itself is not mistaken for a shorter one", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    for (const piece of ["x".repeat(4097), "x".repeat(900), "\r", "\n"]) {
+      alice.send(piece);
+      bob.send("/who\n");
+      expect(await bob.line()).toBe("* The room contains: alice, bob");
+    }
+    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
+    alice.send("short\n");
+    expect(await bob.line()).toBe("[alice] short");
+  });
+
   test("any split of any bytes gives the same lines", async () => {
     const server = open();
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
@@ -576,17 +606,11 @@ describe("leaving", () => {
     const server = open();
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     bob.socket.pause();
-    const text = "x".repeat(4000);
-    const count = 200;
-    for (let number = 0; number < count; number++) alice.send(`${number} ${text}\n`);
-    alice.send("/who\n");
-    await alice.line();
+    const said = await fillQueue(server, alice, "bob");
     bob.socket.shutdown();
-    bob.socket.resume();
     expect(await alice.line()).toBe("* bob has left the chat");
-    const lines = await bob.rest();
-    expect(lines).toHaveLength(count);
-    expect(lines.at(-1)).toBe(`[alice] ${count - 1} ${text}`);
+    bob.socket.resume();
+    expect(await bob.rest()).toEqual(said);
   });
 
   test("joining and leaving in one packet", async () => {
@@ -629,17 +653,18 @@ describe("leaving", () => {
 });
 
 describe("a reader that does not read", () => {
-  /** Talks until somebody has left the room; returns all that a witness has heard. */
-  async function talkUntilSomebodyLeaves(speaker: Peer, witness: Peer, most: number) {
+  /** Talks until so many have left the room; returns what a witness has heard. */
+  async function talkUntilGone(gone: number, speaker: Peer, witness: Peer) {
     const text = "x".repeat(4000);
     const heard: string[] = [];
-    for (let number = 0; number < most; number++) {
-      speaker.send(`${number} ${text}\n`);
+    // The kernel keeps some megabytes for each, the server one more; after 50 MB it must be over.
+    for (let sent = 0; sent < 12_500; sent++) {
+      speaker.send(`${sent} ${text}\n`);
       const line = (await witness.line()) ?? "";
       heard.push(line.slice(0, 60));
-      if (line.startsWith("* ")) return { heard, sent: number + 1 };
+      if (line.startsWith("* ") && --gone === 0) return { heard, sent: sent + 1 };
     }
-    throw new Error(`nobody has left after ${most} lines`);
+    throw new Error("they are still there");
   }
 
   test("is dropped, and the others lose nothing", async () => {
@@ -647,8 +672,7 @@ describe("a reader that does not read", () => {
     const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
     if (!alice || !bob || !carol) throw new Error();
     carol.socket.pause();
-    // The kernel keeps some megabytes for carol, the server one more; after 50 MB it must be over.
-    const { heard, sent } = await talkUntilSomebodyLeaves(alice, bob, 12_500);
+    const { heard, sent } = await talkUntilGone(1, alice, bob);
     expect(heard.pop()).toBe("* carol has left the chat (too slow)");
     expect(heard.map((line) => line.split(" ")[1])).toEqual(heard.map((_, number) => `${number}`));
     alice.send("done\n");
@@ -658,21 +682,35 @@ describe("a reader that does not read", () => {
     expect(server.clients.map((client) => client.name).toSorted()).toEqual(["alice", "bob"]);
   });
 
+  test("two of them at once: who comes after them in the list loses nothing either", async () => {
+    const server = open();
+    const room = await enterAll(server, "alice", "carol", "dave", "bob");
+    const [alice, carol, dave, bob] = room as [Peer, Peer, Peer, Peer];
+    carol.socket.pause();
+    dave.socket.pause();
+    const { heard, sent } = await talkUntilGone(2, alice, bob);
+    alice.send("done\n");
+    const lines = [...heard, ...(await bob.until("[alice] done"))];
+    expect(lines.filter((line) => line.startsWith("* ")).toSorted()).toEqual([
+      "* carol has left the chat (too slow)",
+      "* dave has left the chat (too slow)",
+    ]);
+    expect(lines.filter((line) => line.startsWith("[")).map((line) => line.split(" ")[1])).toEqual(
+      Array.from({ length: sent }, (_, number) => `${number}`),
+    );
+  });
+
   test("that comes back in time has lost nothing", async () => {
     const server = open();
     const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
     if (!alice || !bob || !carol) throw new Error();
     carol.socket.pause();
-    const text = "y".repeat(4000);
-    for (let number = 0; number < 900; number++) {
-      alice.send(`${number} ${text}\n`);
-      await bob.line();
-    }
-    alice.send("done\n");
-    await bob.line();
+    const said = await fillQueue(server, alice, "carol");
     carol.socket.resume();
-    const lines = await carol.until("[alice] done");
-    expect(lines).toEqual(Array.from({ length: 900 }, (_, number) => `[alice] ${number} ${text}`));
+    expect(await carol.lines(said.length)).toEqual(said);
+    expect(await bob.lines(said.length)).toEqual(said);
+    alice.send("done\n");
+    expect(await carol.line()).toBe("[alice] done");
   });
 });
 
@@ -811,17 +849,12 @@ describe("shutdown", () => {
     const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
     if (!alice || !bob || !carol) throw new Error();
     carol.socket.pause();
-    const text = "z".repeat(4000);
-    for (let number = 0; number < 900; number++) {
-      alice.send(`${number} ${text}\n`);
-      await bob.line();
-    }
+    const said = await fillQueue(server, alice, "carol");
     const stopped = server.stop();
-    await bob.rest();
+    const notice = "* The server is shutting down";
+    expect(await bob.rest()).toEqual([...said, notice]);
     carol.socket.resume();
-    const lines = await carol.rest();
-    expect(lines).toHaveLength(901);
-    expect(lines.at(-2)).toBe(`[alice] 899 ${text}`);
+    expect(await carol.rest()).toEqual([...said, notice]);
     for (const peer of [alice, bob, carol]) peer.socket.end();
     await stopped;
   });

@@ -450,7 +450,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   return {
     port: listener.port,
     maxClients: room.options.maxClients,
-    clients: room.clients as readonly { readonly name: string }[], // in no particular order
+    clients: room.clients as readonly Readonly<Pick<Client, "name" | "queued">>[],
     stop: () => stop(room, listener, sweeper), // takes 2 s at most, and a little
   };
 }
