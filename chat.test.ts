@@ -7,6 +7,7 @@
 
 import { afterEach, describe, expect, jest, test } from "bun:test";
 import type { Socket } from "bun";
+import { PACE, receiveMessages, splitLines } from "./client.ts";
 import { startServer, type Server, type ServerOptions } from "./server.ts";
 
 // --- A room and its peers ----------------------------------------------------------------------
@@ -1051,5 +1052,1022 @@ describe("bun server.ts", () => {
     const program = new Program("./server.ts", "--version");
     expect(await program.exited).toBe(0);
     expect(program.output).toBe(`bun-chat server ${version}\n`);
+  });
+});
+
+// --- The client --------------------------------------------------------------------------------
+// Its server is the smallest that keeps the public protocol, so nothing here rests on ours.
+
+const CLIENT = `${import.meta.dir}/client.ts`;
+const DEADLINE = 4000; // ms; only a test that fails waits so long
+const cleanups: (() => void)[] = [];
+afterEach(() => {
+  for (const cleanup of cleanups.splice(0)) cleanup();
+});
+
+/** Text that grows, and a way to wait for what comes next in it: each `until` starts behind the last. */
+function transcript() {
+  let [text, seen] = ["", 0];
+  let changed = Promise.withResolvers<void>();
+  return {
+    get text() {
+      return text;
+    },
+    add(more: string) {
+      text += more;
+      changed.resolve();
+      changed = Promise.withResolvers();
+    },
+    /** Waits until `check` of the whole text is not undefined, and returns that. */
+    async when<T>(check: (text: string) => T | undefined, missing: () => string): Promise<T> {
+      const late = Promise.withResolvers<never>();
+      const timer = setTimeout(() => late.reject(new Error(missing())), DEADLINE);
+      try {
+        for (;;) {
+          const result = check(text);
+          if (result !== undefined) return result;
+          await Promise.race([changed.promise, late.promise]);
+        }
+      } finally {
+        clearTimeout(timer);
+      }
+    },
+    until(wanted: string | RegExp): Promise<string> {
+      const pattern = typeof wanted === "string" ? RegExp(RegExp.escape(wanted)) : wanted;
+      const next = () => {
+        const match = pattern.exec(text.slice(seen));
+        seen += match ? match.index + match[0].length : 0;
+        return match?.[0];
+      };
+      return this.when(next, () => `no ${pattern} in ${JSON.stringify(text.slice(seen))}`);
+    },
+  };
+}
+
+type Member = {
+  name: string;
+  ended: boolean;
+  write(bytes: string | Uint8Array): void;
+  sent(): boolean;
+  drop(): void;
+};
+
+/** The smallest Budget Chat server; all that clients say is in its transcript as `name: text`. */
+function budgetChat(options: { greeting?: string; roster?: string; farewell?: string } = {}) {
+  const heard = transcript();
+  const peers: Member[] = [];
+  const refusals: string[] = []; // the next names are answered with these
+  const { greeting = "Welcome to the chat! What is your name?" } = options;
+  const listener = Bun.listen<{ peer: Member; rest: Uint8Array }>({
+    hostname: "127.0.0.1",
+    port: 0,
+    allowHalfOpen: true,
+    socket: {
+      open(socket) {
+        let queue = new Uint8Array();
+        const peer: Member = {
+          name: "",
+          ended: false,
+          write(bytes) {
+            queue = Buffer.concat([queue, Buffer.from(bytes)]);
+            queue = queue.subarray(Math.max(0, socket.write(queue)));
+          },
+          sent: () => queue.length === 0,
+          drop: () => socket.terminate(),
+        };
+        peers.push(peer);
+        socket.data = { peer, rest: new Uint8Array() };
+        if (greeting) peer.write(`${greeting}\n`);
+      },
+      drain(socket) {
+        const { peer } = socket.data;
+        peer.write("");
+        if (peer.ended && peer.sent()) socket.shutdown();
+      },
+      data(socket, chunk) {
+        const { peer } = socket.data;
+        const lines = Buffer.concat([socket.data.rest, chunk]).toString().split("\n");
+        socket.data.rest = Buffer.from(lines.pop() ?? "");
+        for (const line of lines) {
+          if (peer.name) {
+            heard.add(`${peer.name}: ${line}\n`);
+            continue;
+          }
+          const refusal = refusals.shift();
+          heard.add(refusal ? `refused: ${line}\n` : `joined: ${line}\n`);
+          if (refusal) {
+            socket.write(`${refusal}\n`);
+            socket.shutdown();
+            return;
+          }
+          peer.name = line;
+          if (options.roster !== "") {
+            peer.write(`${options.roster ?? "* The room contains: bob, carol"}\n`);
+          }
+        }
+      },
+      end(socket) {
+        socket.data.peer.ended = true;
+        heard.add(`end of ${socket.data.peer.name}\n`);
+        socket.data.peer.write(options.farewell ?? "");
+        if (socket.data.peer.sent()) socket.shutdown();
+      },
+      close: (socket) => heard.add(`closed ${socket.data.peer.name}\n`),
+    },
+  });
+  cleanups.push(() => listener.stop(true));
+  return {
+    port: listener.port,
+    until: (wanted: string | RegExp) => heard.until(wanted),
+    get heard() {
+      return heard.text;
+    },
+    peers,
+    refusals,
+    say(...lines: string[]) {
+      for (const peer of peers)
+        if (peer.name) peer.write(lines.map((line) => `${line}\n`).join(""));
+    },
+    stop() {
+      listener.stop(true);
+    },
+  };
+}
+
+/** A program in a pseudo-terminal. */
+function inTerminal(command: string[], { columns = 80, env = {} as Record<string, string> } = {}) {
+  const screen = transcript();
+  const decoder = new TextDecoder();
+  const child = Bun.spawn(command, {
+    env: { ...process.env, NO_COLOR: "1", TERM: "xterm-256color", ...env },
+    terminal: {
+      cols: columns,
+      rows: 24,
+      data: (_, bytes) => screen.add(decoder.decode(bytes, { stream: true })),
+    },
+  });
+  cleanups.push(() => child.kill("SIGKILL"));
+  return {
+    child,
+    until: (wanted: string | RegExp) => screen.until(wanted),
+    when: screen.when,
+    get screen() {
+      return screen.text;
+    },
+    type: (keys: string) => void child.terminal?.write(keys),
+    exited: child.exited,
+  };
+}
+
+const terminal = (port: number, args: string[] = [], options = {}) =>
+  inTerminal([process.execPath, CLIENT, "--port", `${port}`, ...args], options);
+
+/** A client in a pipe. */
+function piped(port: number, args: string[] = []) {
+  const child = Bun.spawn([process.execPath, CLIENT, "--port", `${port}`, ...args], {
+    stdin: "pipe",
+    stdout: "pipe",
+    stderr: "pipe",
+  });
+  cleanups.push(() => child.kill("SIGKILL"));
+  const result = (async () => {
+    const [out, err] = await Promise.all([child.stdout.text(), child.stderr.text()]);
+    return { out, err, code: await child.exited };
+  })();
+  return { child, result, write: (text: string) => void child.stdin.write(text) };
+}
+
+/** What a person sees of `output` in a terminal so many columns wide: its rows, and where the cursor is. */
+function picture(output: string, columns: number) {
+  const rows: string[][] = [[]];
+  let [x, y] = [0, 0];
+  const row = () => (rows[y] ??= []);
+  for (const [, up = "", code = "", character = ""] of output.matchAll(
+    /\x1b\[([\d;?]*)([A-Za-z])|([^\x1b])/gu,
+  )) {
+    const n = Number.parseInt(up) || 1;
+    if (code === "A") y = Math.max(0, y - n);
+    else if (code === "B") y += n;
+    else if (code === "C") x = Math.min(columns - 1, x + n);
+    else if (code === "D") x = Math.max(0, Math.min(x, columns - 1) - n);
+    else if (code === "G") x = n - 1;
+    else if (code === "J" || code === "K") {
+      row().splice(x);
+      if (code === "J") rows.splice(y + 1);
+    } else if (character === "\r") x = 0;
+    else if (character === "\n") y++;
+    else if (character === "\t") x = Math.min(columns - 1, x - (x % 8) + 8);
+    else if (character === "\x07" || code) continue;
+    else {
+      const width = Bun.stringWidth(character);
+      if (x + width > columns) [x, y] = [0, y + 1];
+      while (row().length < x) row().push(" ");
+      row().splice(x, width, character, ...(width === 2 ? [""] : []));
+      x += width;
+    }
+  }
+  if (x === columns) [x, y] = [0, y + 1];
+  const text = Array.from(rows, (cells = []) => cells.join("").trimEnd()).join("\n");
+  return { text: text.trimEnd().replace(/^\d\d:\d\d /gm, ""), x, y };
+}
+
+/** Joins as Alex and waits for the prompt. */
+async function joined(server: ReturnType<typeof budgetChat>, args: string[] = [], options = {}) {
+  const alex = terminal(server.port, ["--name", "Alex", ...args], options);
+  await alex.until("The room contains");
+  await alex.until("You: ");
+  return alex;
+}
+
+const paste = (text: string) => `\x1b[200~${text}\x1b[201~`;
+
+describe("menu", () => {
+  test("is what the originals show; q comes back to it, again and again; 2 exits", async () => {
+    const server = budgetChat();
+    const alex = terminal(server.port);
+    await alex.until("Connected to server.");
+    for (let round = 0; round < 3; round++) {
+      await alex.until("1. Join the chat\r\nq. Leave the chat\r\n2. Exit the program\r\n");
+      await alex.until("Enter your choice: ");
+      alex.type("1\r");
+      await alex.until("Enter your username: ");
+      alex.type("Alex\r");
+      await alex.until("Joining the chat as Alex...");
+      await alex.until("You: ");
+      alex.type("Hello everyone!\r");
+      await server.until("Alex: Hello everyone!\n");
+      alex.type("q\r");
+      await server.until("end of Alex");
+    }
+    await alex.until("Enter your choice: ");
+    alex.type("2\r");
+    expect(await alex.exited).toBe(0);
+    expect(picture(alex.screen, 80).text).toContain(
+      "\nYou: Hello everyone!\nYou: q\n1. Join the chat",
+    );
+  });
+
+  test("what is typed ahead is not lost", async () => {
+    const server = budgetChat();
+    const alex = terminal(server.port);
+    alex.type("1\rAlex\rone\rtwo\rq\r2\r");
+    await server.until("Alex: one\nAlex: two\nend of Alex");
+    expect(await alex.exited).toBe(0);
+  });
+
+  test("a name that is refused is asked for again", async () => {
+    const server = budgetChat();
+    server.refusals.push("* The name Alex is taken.", "* A name is 1 to 32 letters and digits.");
+    const alex = terminal(server.port, ["--name", "Alex"]);
+    await alex.until("* The name Alex is taken.");
+    await alex.until("Enter your username: ");
+    alex.type("!\r");
+    await alex.until("* A name is 1 to 32");
+    await alex.until("Enter your username: ");
+    alex.type("Al\r");
+    await alex.until("The room contains");
+    alex.type("hi\r");
+    await server.until("Al: hi\n");
+  });
+
+  test("a connection that the server ends during the menu is made again to join", async () => {
+    const server = budgetChat();
+    const alex = terminal(server.port);
+    await alex.until("Enter your choice: ");
+    server.peers[0]?.drop();
+    alex.type("1\rAlex\rhi\r");
+    await server.until("Alex: hi\n");
+    expect(server.peers).toHaveLength(2);
+  });
+});
+
+describe("the end", () => {
+  const keys = { "an empty line": "\r", "/quit": "/quit\r", "Ctrl+D": "\x04", "Ctrl+C": "\x03" };
+  for (const [what, typed] of Object.entries(keys)) {
+    test(`${what} ends the program`, async () => {
+      const server = budgetChat();
+      const alex = await joined(server);
+      alex.type(`bye\r${typed}`);
+      await server.until("Alex: bye\nend of Alex");
+      expect(await alex.exited).toBe(0);
+    });
+  }
+
+  test("Ctrl+C with a line half typed, and at a server that never closes", async () => {
+    const server = Bun.listen({
+      hostname: "127.0.0.1",
+      port: 0,
+      allowHalfOpen: true,
+      socket: {
+        open: (socket) => void socket.write("name?\n"),
+        data: (socket) => void socket.write("* The room contains: \n"),
+        end() {},
+      },
+    });
+    cleanups.push(() => server.stop(true));
+    const alex = terminal(server.port, ["--name", "Alex"]);
+    await alex.until("You: ");
+    alex.type("half a li\x03");
+    expect(await alex.exited).toBe(0);
+  });
+
+  /** Runs the client in a shell between two `stty -a`, whose answers must be the same. */
+  async function restored(
+    port: number,
+    act: (shell: ReturnType<typeof inTerminal>) => Promise<void>,
+  ) {
+    const client = `sh -c 'echo "pid $$"; exec "$0" "$@"' "$0" "$@"`;
+    const script = `stty -a; echo =; ${client}; echo "code $?"; stty -a; echo ==`;
+    const command = [process.execPath, CLIENT, "--port", `${port}`, "--name", "Alex"];
+    const shell = inTerminal(["sh", "-c", script, ...command]);
+    const before = await shell.until(/^[^]*?=\r\n/);
+    await act(shell);
+    const code = await shell.until(/code \d+\r\n/);
+    const after = await shell.until(/^[^]*?==\r\n/);
+    expect(after.replace("==", "=")).toBe(before);
+    expect(shell.screen.lastIndexOf("\x1b[?2004l")).toBeGreaterThan(
+      shell.screen.lastIndexOf("\x1b[?2004h"),
+    );
+    expect(shell.screen).not.toContain("    at ");
+    return Number(code.slice(5));
+  }
+  for (const [how, wanted] of [
+    ["SIGTERM", 143],
+    ["SIGHUP", 129],
+    ["SIGINT", 0],
+  ] as const) {
+    test(`the terminal is as it was after ${how}`, async () => {
+      const server = budgetChat();
+      const code = await restored(server.port, async (shell) => {
+        const pid = await shell.until(/pid \d+/);
+        await shell.until("You: ");
+        process.kill(Number(pid.slice(4)), how);
+      });
+      expect(code).toBe(wanted);
+    });
+  }
+
+  test("the terminal is as it was when there is no server", async () => {
+    const server = budgetChat();
+    server.stop();
+    const code = await restored(server.port, async (shell) => {
+      await shell.until(
+        `Could not connect to 127.0.0.1:${server.port}. Is the server running?\r\n`,
+      );
+    });
+    expect(code).toBe(1);
+  });
+
+  test("the terminal is as it was after Ctrl+C in the middle of a paste", async () => {
+    const server = budgetChat();
+    const code = await restored(server.port, async (shell) => {
+      await shell.until("You: ");
+      shell.type("\x1b[200~one\rtwo\rthr");
+      await server.until("Alex: two\n");
+      shell.type("\x03");
+    });
+    expect(code).toBe(0);
+  });
+
+  test("a terminal that hangs up ends the program without a trace", async () => {
+    const server = budgetChat();
+    const alex = await joined(server);
+    alex.child.terminal?.close();
+    await server.until("end of Alex");
+    await alex.exited;
+  });
+
+  test("after Ctrl+Z and fg typing goes on where it was", async () => {
+    const server = budgetChat();
+    const shell = inTerminal(["bash", "--norc", "-i"], { env: { PS1: "[shell] " } });
+    await shell.until("[shell] ");
+    shell.type(`${process.execPath} ${CLIENT} --port ${server.port} --name Alex\r`);
+    await shell.until("You: ");
+    shell.type("hello wor\x1a");
+    await shell.until(/Stopped[^]*\[shell\] /);
+    shell.type("fg\r");
+    await shell.until("You: hello wor");
+    shell.type("ld\x01!");
+    await shell.until("You: !hello world");
+    shell.type("\r");
+    await server.until("Alex: !hello world\n");
+    shell.type("\x04");
+    await server.until("end of Alex");
+  });
+});
+
+describe("typing", () => {
+  const wide = "漢字かな交じり文を書いている人の端末は四十桁しかない、それでも乱れない";
+  const long = "the quick brown fox jumps over the lazy dog ".repeat(2) + "and rests a while";
+  for (const [what, text, keys, behind] of [
+    ["short", "hello", "", 0],
+    ["with the cursor in the middle", "hello", "\x1b[D\x1b[D", 2],
+    ["wrapped over three rows", long, "", 0],
+    ["wrapped, the cursor in the first row", long, "\x01", long.length],
+    ["wide characters over two rows", wide, "\x1b[D".repeat(5), 5],
+    ["an emoji with skin tone", "👍🏽 ok 👍🏽", "\x1b[D", 1],
+    ["to the very last column", "x".repeat(35), "", 0],
+    ["with a tab", "a\tb", "\x1b[D", 1],
+  ] as const) {
+    test(`is not disturbed by what arrives: ${what}`, async () => {
+      const server = budgetChat();
+      const alex = await joined(server, [], { columns: 40 });
+      const before = [...text].slice(0, [...text].length - behind).join("");
+      const said = ["Joining the chat as Alex...", "* The room contains: bob, carol"];
+      const settled = (input = text, cursor = before) => {
+        const above = said.map((line) => `${line}\r\n`).join("") + "You: ";
+        const { x, y } = picture(above + cursor, 40);
+        const wanted = { text: picture(above + input, 40).text, x, y };
+        const isThat = (output: string) => Bun.deepEquals(picture(output, 40), wanted) || undefined;
+        const wrong = () =>
+          JSON.stringify([picture(alex.screen, 40), wanted, alex.screen], null, 1);
+        return alex.when(isThat, wrong);
+      };
+      alex.type(paste(text) + keys);
+      await settled();
+      for (let i = 0; i < 3; i++) {
+        server.say(`[bob] ${i}`);
+        said.push(`[bob] ${i}`);
+        await settled();
+      }
+      const twenty = Array.from({ length: 20 }, (_, i) => `[carol] message ${i}`);
+      server.say(...twenty);
+      said.push(...twenty);
+      await settled();
+      alex.type("!");
+      await settled(`${before}!${text.slice(before.length)}`, `${before}!`);
+      alex.type("\r");
+      await server.until(`Alex: ${before}!${text.slice(before.length)}\n`);
+    });
+  }
+
+  test("Up brings back what was said, and nothing of the menu", async () => {
+    const server = budgetChat();
+    const alex = terminal(server.port);
+    await alex.until("choice: ");
+    alex.type("1\r");
+    await alex.until("username: ");
+    alex.type("Alex\r");
+    await alex.until("You: ");
+    alex.type("first\rsecond\r");
+    await server.until("second\n");
+    alex.type("\x1b[A\x1b[A!\r");
+    await server.until("Alex: first!\n");
+    alex.type("\x1b[A".repeat(4) + "?\r");
+    await server.until("Alex: ?\n");
+  });
+
+  test("Tab completes commands and names, latest speaker first, and only of those present", async () => {
+    const server = budgetChat({ roster: "* The room contains: bob, bill, Boris, carol" });
+    const alex = await joined(server);
+    server.say(
+      "[bill] hi",
+      "[Boris] hi",
+      "* bob has left the chat",
+      "* barbara has joined the chat",
+    );
+    await alex.until("barbara has joined");
+    const say = async (keys: string, wanted: string) => {
+      alex.type(`${keys}.\r`);
+      await server.until(`Alex: ${wanted}.\n`);
+    };
+    await say("b\t", "barbara: ");
+    server.say("[bill] once more", "[carol] me too");
+    await alex.until("me too");
+    await say("b\t", "bill: ");
+    await say("b\t\t", "barbara: ");
+    await say("b\t\t\t", "Boris: ");
+    await say("b\t\t\t\t", "bill: ");
+    await say("hello bo\t", "hello Boris ");
+    await say("bob\t", "bob");
+    await say("/w\t", "/who");
+    await say("/m\tca\t", "/msg carol ");
+    server.say("* carol is now called dora");
+    await alex.until("dora");
+    await say("ca\t", "ca");
+    await say("do\t", "dora: ");
+  });
+
+  test("a paste of 300 lines is sent without its blank lines and ends nothing", async () => {
+    const server = budgetChat();
+    const alex = await joined(server);
+    const lines = Array.from({ length: 300 }, (_, i) => (i % 7 === 3 ? "" : `line ${i}\tof it`));
+    lines[10] = "q";
+    lines[11] = "// a comment";
+    lines[12] = "/quit";
+    alex.type(`${paste(lines.join("\r"))}\rand typed\r`);
+    await server.until("Alex: and typed\n");
+    const sent = lines
+      .filter((line) => line !== "")
+      .map((line) => `Alex: ${line.replace(/^\//, "//")}\n`);
+    expect(server.heard).toContain(`joined: Alex\n${sent.join("")}Alex: and typed\n`);
+    expect(picture(alex.screen, 80).text).toContain(
+      "\nYou: line 1     of it\nYou: line 2     of it\n",
+    );
+  });
+});
+
+describe("display", () => {
+  test("time, colours, notices, private messages, mentions and the bell", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, ["--bell"], { env: { NO_COLOR: "" } });
+    server.say("[bob] hello", "[bob] again", "[carol] alexander", "* note");
+    const hello = await alex.until(
+      /\x1b\[2m\d\d:\d\d\x1b\[0m \x1b\[38;5;\d+m\[bob\]\x1b\[0m hello/,
+    );
+    const again = await alex.until(
+      /\x1b\[2m\d\d:\d\d\x1b\[0m \x1b\[38;5;\d+m\[bob\]\x1b\[0m again/,
+    );
+    expect(again.replace("again", "hello").slice(15)).toBe(hello.slice(15));
+    await alex.until(/\[carol\]\x1b\[0m alexander/);
+    await alex.until("\x1b[2m* note");
+    expect(alex.screen).not.toContain("\x07");
+    server.say("[bob] so, ALEX: look", "[bob -> Alex] psst");
+    await alex.until(/\x1b\[1;7;38;5;\d+m\[bob\]\x1b\[0m\x1b\[1m so, ALEX: look\x1b\[0m\x07/);
+    await alex.until("\x1b[1;35m[bob -> Alex] psst\x1b[0m\x07");
+    server.say("[Alex -> bob] answer", "* bob is now called Alex2");
+    await alex.until("[Alex -> bob] answer\x1b[0m\r\n");
+  });
+
+  test("those who come or go together are one line", async () => {
+    const server = budgetChat();
+    const alex = await joined(server);
+    server.say("* a has joined the chat", "* b has joined the chat");
+    await alex.until("* a and b have joined\r\n");
+    server.say(...["a", "b", "c", "d", "e"].map((name) => `* ${name} has left the chat`));
+    server.say("* f has left the chat (too slow)", "* g has entered the room", "[bob] hi");
+    await alex.until("* a, b and 4 others have left\r\n");
+    await alex.until(/\d\d:\d\d \* g has entered the room\r\n/);
+  });
+
+  test("no byte of a stranger's server reaches the terminal as a control", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, ["--bell"]);
+    const at = alex.screen.length;
+    server.say(
+      "[bob] \x1b]0;owned\x07\x1b[2J\x1b[?1049h\x9b31m\x08\x7f\rred\0",
+      "\x1b[31m* \u202eevil\u2066 \u0085\u2028\u2029.",
+      "[\x1b[5mbob] x\ty",
+      `[bob] ${"z".repeat(100_000)}`,
+      "[bob] last",
+    );
+    server.peers[0]?.write(
+      Buffer.from([0x5b, 0x78, 0x5d, 0x20, 0xff, 0xc0, 0x80, 0xed, 0xa0, 0x0a]),
+    );
+    await alex.until(/\[x\] \ufffd+/);
+    const shown = alex.screen.slice(at);
+    expect(shown).toContain("[bob] ]0;owned[2J[?1049h31mred\r\n");
+    expect(shown).toContain("[31m* evil .\r\n");
+    expect(shown).toContain("[[5mbob] x\ty\r\n");
+    expect(shown).toContain("… (");
+    expect(shown.length).toBeLessThan(12_000);
+    // What remains of escapes is the client's own: up, left edge, erase, column.
+    expect(shown.replace(/\x1b\[\d*[AGJ]/g, "")).not.toMatch(/[^\P{C}\r\n\t]/u);
+  });
+
+  test("a flood without end leaves Ctrl+C working", async () => {
+    const server = budgetChat();
+    const alex = await joined(server);
+    const flood = `${"[bob] all work and no play\n".repeat(2000)}${"x".repeat(100_000)}`;
+    const timer = setInterval(() => server.peers[0]?.ended || server.peers[0]?.write(flood), 1);
+    cleanups.push(() => clearInterval(timer));
+    await alex.until("no play");
+    alex.type("\x03");
+    expect(await alex.exited).toBe(0);
+  });
+});
+
+describe("losing the server", () => {
+  test("comes back under the same name, past its own ghost, with what was typed", async () => {
+    const server = budgetChat();
+    const alex = await joined(server);
+    alex.type("/nick Al\r");
+    await server.until("/nick Al");
+    server.say("* Alex is now called Al");
+    await alex.until("now called Al");
+    server.refusals.push("* The name Al is taken.");
+    server.peers[0]?.drop();
+    await alex.until("Connection lost. Trying again in 1 s.");
+    alex.type("meanwhile\rhalf ");
+    await server.until("refused: Al\n");
+    await alex.until(/\* The name Al is taken\. Trying again in \d s\./);
+    await server.until("joined: Al\nAl: meanwhile\n");
+    await alex.until("You: half ");
+    alex.type("a line\r");
+    await server.until("Al: half a line\n");
+  }, 15_000); // it waits for two tries
+
+  test("says how many lines were not sent when you leave before it is back", async () => {
+    const server = budgetChat();
+    const alex = await joined(server);
+    server.stop();
+    await alex.until("Trying again");
+    alex.type("one\rtwo\r/quit\r");
+    await alex.until("2 lines were not sent.");
+    expect(await alex.exited).toBe(1);
+  });
+
+  const pace = { silence: 50, retry: 1, doubt: 50 };
+  function screen() {
+    const shown = transcript();
+    return {
+      shown,
+      until: (wanted: string | RegExp) => shown.until(wanted),
+      show: (entries: { text: string }[]) => {
+        for (const { text } of entries) shown.add(`${text}\n`);
+        return true;
+      },
+      notice: (text: string) => shown.add(`${text}\n`),
+      person: true,
+      ask: () => Promise.resolve(undefined),
+      close() {},
+    };
+  }
+  const at = (port: number) => ({ host: "127.0.0.1", port });
+
+  test("gives up on a server that never speaks", async () => {
+    expect(PACE.silence).toBe(10_000);
+    const server = budgetChat({ greeting: "" });
+    const room = receiveMessages(at(server.port), screen(), pace);
+    await expect(room.join()).rejects.toThrow("says nothing");
+    const mute = budgetChat({ roster: "" });
+    const other = receiveMessages(at(mute.port), screen(), pace);
+    expect(await other.join()).toBe("");
+    await expect(other.join("Alex")).rejects.toThrow("says nothing");
+  });
+
+  test("tries again after 1, 2, 4 ... 30 s", async () => {
+    const server = budgetChat();
+    const to = screen();
+    const room = receiveMessages(at(server.port), to, pace);
+    expect(await room.join("Alex")).toBe("");
+    server.stop();
+    for (const seconds of [
+      "1",
+      "2",
+      "[345]",
+      "[6-9]|10",
+      "1[2-9]",
+      "(2[4-9]|3[0-6])",
+      "(2[4-9]|3[0-6])",
+    ]) {
+      await to.until(RegExp(`Trying again in (${seconds}) s`));
+    }
+    expect(await room.leave()).toBe("");
+  });
+
+  test("a server that is full is quoted", async () => {
+    const server = Bun.listen({
+      hostname: "127.0.0.1",
+      port: 0,
+      socket: {
+        open(socket) {
+          socket.write("* The server is full. Try again later.\n");
+          socket.shutdown();
+        },
+        data() {},
+      },
+    });
+    cleanups.push(() => server.stop(true));
+    for (const name of ["", "Alex"]) {
+      const room = receiveMessages(at(server.port), screen());
+      await expect(room.join(name)).rejects.toThrow("* The server is full. Try again later.");
+    }
+    const client = piped(server.port, ["--name", "Alex"]);
+    const { err, code } = await client.result;
+    expect([err, code]).toEqual(["* The server is full. Try again later.\n", 1]);
+  });
+
+  test("rosters and greetings in other words, and a refusal in other words", async () => {
+    const server = budgetChat({ greeting: "* Who are you?", roster: "* Here are: bob, carol" });
+    const to = screen();
+    const room = receiveMessages(at(server.port), to, pace);
+    server.refusals.push("No.");
+    expect(await room.join("Alex")).toBe("No.");
+    expect(await room.join("Alexa")).toBe("");
+    await to.until("* Here are: bob, carol\n");
+  });
+
+  test("stops reading while stdout is full, so that nothing piles up", async () => {
+    const server = budgetChat();
+    const [slow, fast] = [screen(), screen()];
+    const show = (entries: { text: string }[]) => slow.show(entries) && false;
+    await receiveMessages(at(server.port), { ...slow, show }, pace).join("Slow");
+    await receiveMessages(at(server.port), fast, pace).join("Fast");
+    for (const word of ["more", "and more"]) {
+      server.say(`[bob] ${word}`);
+      await fast.until(`[bob] ${word}`);
+    }
+    expect(slow.shown.text).toBe("* The room contains: bob, carol\n");
+    process.stdout.emit("drain");
+    await slow.until("[bob] more");
+  });
+
+  test("a line of which the lost connection took only a part is sent again, whole", async () => {
+    const long = "x".repeat(1_000_000);
+    const got = transcript();
+    let connections = 0;
+    const server = Bun.listen<undefined>({
+      hostname: "127.0.0.1",
+      port: 0,
+      socket: {
+        open: (socket) => void socket.write("name?\n"),
+        data(socket, chunk) {
+          const text = chunk.toString();
+          if (text !== "Alex\n") return got.add(text);
+          socket.write("* The room contains: \n");
+          if (++connections > 1) return;
+          socket.pause(); // the kernel's buffers fill up, and then the line is cut off
+          got.add("paused");
+        },
+      },
+    });
+    cleanups.push(() => server.stop(true));
+    const room = receiveMessages(at(server.port), screen(), pace);
+    await room.join("Alex");
+    await got.until("paused");
+    for (let i = 0; i < 30; i++) void room.send(long);
+    const sent = room.send("the end");
+    server.stop(true);
+    const again = Bun.listen<undefined>({
+      hostname: "127.0.0.1",
+      port: server.port,
+      socket: {
+        open: (socket) => void socket.write("name?\n"),
+        data(socket, chunk) {
+          const text = chunk.toString();
+          got.add(text);
+          if (text === "Alex\n") socket.write("* The room contains: \n");
+        },
+      },
+    });
+    cleanups.push(() => again.stop(true));
+    await sent;
+    await got.until("the end\n");
+    const [, ...lines] = got.text.slice(got.text.indexOf("Alex\n")).split("\n");
+    expect(lines.slice(0, -2).every((line) => line === long)).toBe(true);
+    expect(lines.length).toBeGreaterThan(3);
+    await room.leave();
+  });
+});
+
+describe("in a pipe", () => {
+  test("the first line is the name, blank lines are skipped, the room goes to stdout", async () => {
+    const server = budgetChat();
+    const client = piped(server.port);
+    client.write("Alex\n\none\n  \ntwo");
+    await server.until("joined: Alex\nAlex: one\n");
+    server.say("[bob] hi", "* x has joined the chat", "* y has joined the chat");
+    await client.child.stdin.end();
+    await server.until("Alex: two\nend of Alex\n");
+    expect(await client.result).toEqual({
+      out: "* The room contains: bob, carol\n[bob] hi\n* x has joined the chat\n* y has joined the chat\n",
+      err: "",
+      code: 0,
+    });
+  });
+
+  test("50,000 lines arrive complete and in order", async () => {
+    const server = budgetChat();
+    const lines = Array.from({ length: 50_000 }, (_, i) => `line ${i} ${"x".repeat(i % 50)}`);
+    const client = piped(server.port, ["--name", "Alex"]);
+    client.write(lines.join("\n"));
+    void client.child.stdin.end();
+    await server.until("end of Alex\n");
+    expect((await client.result).code).toBe(0);
+    expect(server.heard).toStartWith(
+      `joined: Alex\n${lines.map((line) => `Alex: ${line}\n`).join("")}end of Alex\n`,
+    );
+  });
+
+  test("all that the room said reaches a reader that comes late", async () => {
+    const said = Array.from({ length: 20_000 }, (_, i) => `[bob] ${i}\n`).join("");
+    const server = budgetChat({ farewell: said });
+    const script = `exec 3<&0; : | "$0" "$@" | (read go <&3; cat)`;
+    const command = [process.execPath, CLIENT, "--port", `${server.port}`, "--name", "Alex"];
+    const client = Bun.spawn(["sh", "-c", script, ...command], { stdin: "pipe", stdout: "pipe" });
+    cleanups.push(() => client.kill("SIGKILL"));
+    await server.until("end of Alex");
+    await server.until("closed Alex");
+    client.stdin.write("go\n");
+    void client.stdin.end();
+    expect(await client.stdout.text()).toBe(`* The room contains: bob, carol\n${said}`);
+  });
+
+  test("ends quietly when nobody reads its output any more", async () => {
+    const server = budgetChat();
+    const client = Bun.spawn(
+      [
+        "sh",
+        "-c",
+        `"$0" "$@" | head -1`,
+        process.execPath,
+        CLIENT,
+        "--port",
+        `${server.port}`,
+        "--name",
+        "Alex",
+      ],
+      { stdin: "pipe", stdout: "pipe", stderr: "pipe" },
+    );
+    cleanups.push(() => client.kill("SIGKILL"));
+    await server.until("joined: Alex");
+    const timer = setInterval(() => server.say("[bob] anybody?"), 20);
+    cleanups.push(() => clearInterval(timer));
+    expect(await client.stdout.text()).toBe("* The room contains: bob, carol\n");
+    expect(await client.stderr.text()).toBe("");
+  });
+
+  test("connects again when the server was lost, and sends the rest", async () => {
+    const server = budgetChat();
+    const client = piped(server.port, ["--name", "Alex"]);
+    client.write("one\n");
+    await server.until("Alex: one\n");
+    server.peers[0]?.drop();
+    client.write("two\n");
+    void client.child.stdin.end();
+    await server.until("joined: Alex\nAlex: two\nend of Alex\n");
+    const { err, code } = await client.result;
+    expect([err, code]).toEqual(["Connection lost. Trying again in 1 s.\n", 0]);
+  });
+
+  test("a refused name, and no name at all, is exit code 1", async () => {
+    const server = budgetChat();
+    server.refusals.push("* The name Alex is taken.");
+    const client = piped(server.port, ["--name", "Alex"]);
+    expect(await client.result).toEqual({ out: "", err: "* The name Alex is taken.\n", code: 1 });
+    const nameless = piped(server.port);
+    void nameless.child.stdin.end();
+    expect((await nameless.result).code).toBe(1);
+  });
+});
+
+describe("the command line", () => {
+  const run = async (...args: string[]) => {
+    const child = Bun.spawn([process.execPath, CLIENT, ...args], {
+      stdout: "pipe",
+      stderr: "pipe",
+    });
+    const [out, err] = await Promise.all([child.stdout.text(), child.stderr.text()]);
+    return { out, err, code: await child.exited };
+  };
+
+  test("wrong usage is one line on stderr and exit code 2", async () => {
+    for (const args of [
+      ["--nope"],
+      ["stray"],
+      ["--port"],
+      ["--port", "0"],
+      ["--port", "65536"],
+      ["--port", "x"],
+    ]) {
+      const { out, err, code } = await run(...args);
+      expect([out, code]).toEqual(["", 2]);
+      expect(err).toMatch(/^[^\n]+ Try --help\.\n$/);
+    }
+  });
+
+  test("--help and --version", async () => {
+    const help = await run("--help");
+    expect(help.code).toBe(0);
+    for (const word of ["--host", "127.0.0.1", "5555", "/msg NAME TEXT", "Tab", "Examples"]) {
+      expect(help.out).toContain(word);
+    }
+    expect(await run("--version")).toEqual({ out: "0.1.0\n", err: "", code: 0 });
+  });
+
+  test("no server, and no such host, is one line and exit code 1", async () => {
+    const server = budgetChat();
+    server.stop();
+    expect(await run("--port", `${server.port}`, "--name", "Alex")).toEqual({
+      out: "",
+      err: `Could not connect to 127.0.0.1:${server.port}. Is the server running?\n`,
+      code: 1,
+    });
+  });
+});
+
+describe("lines", () => {
+  test("are the same however the bytes are cut", () => {
+    const parts = [
+      "a",
+      "\n",
+      "é",
+      "漢",
+      "👍🏽",
+      "\r\n",
+      "\n\n",
+      "\ufeffx",
+      "\u2028",
+      "\x1b[0m",
+      "\ufffd",
+    ];
+    const invalid = [[0xff], [0xe6, 0xbc], [0xf0, 0x9f], [0xc0, 0x80], [0xed, 0xa0, 0x80]];
+    for (let round = 0; round < 300; round++) {
+      const pick = <T>(from: T[]) => from[Math.floor(Math.random() * from.length)] as T;
+      const bytes = Buffer.concat(
+        Array.from({ length: 30 }, () =>
+          Buffer.from(Math.random() < 0.8 ? pick(parts) : pick(invalid)),
+        ),
+      );
+      const whole = splitLines(1000)(bytes);
+      const split = splitLines(1000);
+      const cut: string[] = [];
+      for (let at = 0, next = 0; at < bytes.length; at = next) {
+        next = at + 1 + Math.floor(Math.random() * 4);
+        cut.push(...split(bytes.subarray(at, next)));
+      }
+      expect(cut).toEqual(whole);
+      const end = bytes.lastIndexOf(10);
+      const plain = end === -1 ? [] : bytes.toString("utf8", 0, end).split("\n");
+      expect(whole.map((line) => line.length > 0)).toEqual(
+        plain.map((line) => line.replace(/[\r\u2028\x1b]/g, "").length > 0),
+      );
+    }
+  });
+
+  test("are bounded", () => {
+    const split = splitLines(10);
+    for (let i = 0; i < 100; i++) expect(split(Buffer.from("abc"))).toEqual([]);
+    expect(split(Buffer.from("abc\nnext\n"))).toEqual(["abcabcabca", "next"]);
+  });
+});
+
+// --- Both together -----------------------------------------------------------------------------
+
+describe("client and server", () => {
+  test("people talk, whisper, change names and leave, in terminals and with bare sockets", async () => {
+    const server = open();
+    const alex = terminal(server.port, ["--name", "Alex"]);
+    await alex.until("* The room contains: \r\n");
+    const sam = terminal(server.port, ["--name", "Sam"]);
+    await sam.until("* The room contains: Alex\r\n");
+    await alex.until("* Sam has joined the chat");
+    const kim = await enter(server, "Kim");
+    await alex.until("* Kim has joined the chat");
+    await sam.until("* Kim has joined the chat");
+    alex.type("Hello 漢字 everyone!\r");
+    await sam.until("[Alex] Hello 漢字 everyone!\r\n");
+    expect(await kim.line()).toBe("[Alex] Hello 漢字 everyone!");
+    sam.type("/msg ale\tpsst\r");
+    await alex.until("[Sam -> Alex] psst");
+    kim.send("/nick Kimberly\nhi\n");
+    await alex.until("* Kim is now called Kimberly");
+    await alex.until("[Kimberly] hi");
+    expect(await kim.line()).toBe("* Kim is now called Kimberly");
+    sam.child.kill("SIGKILL");
+    await alex.until("* Sam has left the chat");
+    expect(await kim.line()).toBe("* Sam has left the chat");
+    alex.type("bye\r\x03");
+    expect(await kim.lines(2)).toEqual(["[Alex] bye", "* Alex has left the chat"]);
+    expect(await alex.exited).toBe(0);
+  });
+
+  test("a name that is taken is asked for again", async () => {
+    const server = open();
+    await enter(server, "Alex");
+    const alex = terminal(server.port);
+    await alex.until("Enter your choice: ");
+    alex.type("1\rALEX\r");
+    await alex.until("* The name ALEX is taken.");
+    await alex.until("Enter your username: ");
+    alex.type("Sam\r");
+    await alex.until("* The room contains: Alex");
+  });
+
+  test.each([
+    ["at rate 0, 50,000 lines", 0, 50_000],
+    ["faster than the rate of 500, 5,400 lines", 500, 5_400],
+  ])("%s from a pipe arrive complete and in order", async (_, rate, count) => {
+    const server = open({ rate });
+    const reader = await enter(server, "reader");
+    const writer = piped(server.port, ["--name", "writer"]);
+    const lines = Array.from({ length: count }, (_, number) => `line ${number}`);
+    writer.write(lines.join("\n"));
+    void writer.child.stdin.end();
+    const heard = await reader.until("* writer has left the chat");
+    expect(heard).toEqual([
+      "* writer has joined the chat",
+      ...lines.map((line) => `[writer] ${line}`),
+    ]);
+    expect(await writer.result).toEqual({
+      out: "* The room contains: reader\n",
+      err: "",
+      code: 0,
+    });
+  });
+
+  test("a server that stops and starts again finds its people there", async () => {
+    const server = await serve();
+    const alex = terminal(server.port, ["--name", "Alex"]);
+    await alex.until("The room contains");
+    server.process.kill("SIGINT");
+    await alex.until("* The server is shutting down");
+    await alex.until("Connection lost. Trying again in 1 s.");
+    expect(await server.exited).toBe(0);
+    const again = open({ port: server.port });
+    alex.type("still here\r");
+    const reader = await enter(again, "reader");
+    await reader.until("[Alex] still here");
   });
 });
