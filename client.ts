@@ -402,7 +402,7 @@ function terminal(bell: string) {
 
 /** The standard input and output of a tool. */
 function pipe(): Screen {
-  const lines = (async function* (split = splitLines(MAX_SHOWN)) {
+  const lines = (async function* (split = splitLines(MAX_LINE)) {
     for await (const chunk of Bun.stdin.stream()) yield* split(chunk);
     yield* split(Buffer.from("\n"));
   })();
