@@ -1199,7 +1199,8 @@ function inTerminal(command: string[], { columns = 80, env = {} as Record<string
   const screen = transcript();
   const decoder = new TextDecoder();
   const child = Bun.spawn(command, {
-    env: { ...process.env, NO_COLOR: "1", TERM: "xterm-256color", ...env },
+    // Where CI is set, a terminal is taken for one without colours.
+    env: { ...process.env, CI: undefined, NO_COLOR: "1", TERM: "xterm-256color", ...env },
     terminal: {
       cols: columns,
       rows: 24,
