@@ -952,7 +952,7 @@ afterEach(() => {
 
 /** `bun server.ts` on a free port, once it listens. */
 async function serve(...options: string[]): Promise<Program & { port: number }> {
-  const program = new Program("bun", "server.ts", "--port", "0", ...options);
+  const program = new Program(process.execPath, "server.ts", "--port", "0", ...options);
   const [, port] = await program.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
   return Object.assign(program, { port: Number(port) });
 }
@@ -1026,7 +1026,7 @@ describe("bun server.ts", () => {
     ],
     [["--host", "no.such.host.invalid"], 1, /^Could not listen on .*\. The host is unknown/],
   ])("%j: one clear line, exit code %d", async (options, code, reason) => {
-    const program = new Program("bun", "server.ts", ...options);
+    const program = new Program(process.execPath, "server.ts", ...options);
     expect(await program.exited).toBe(code);
     expect(program.problems).toMatch(reason);
     expect(program.problems.trimEnd().split("\n")).toHaveLength(1);
@@ -1035,7 +1035,7 @@ describe("bun server.ts", () => {
 
   test("a port in use: one clear line, exit code 1, and the first server goes on", async () => {
     const server = await serve();
-    const second = new Program("bun", "server.ts", "--port", `${server.port}`);
+    const second = new Program(process.execPath, "server.ts", "--port", `${server.port}`);
     expect(await second.exited).toBe(1);
     expect(second.problems).toBe(
       `Could not listen on 127.0.0.1:${server.port}. The port is in use: choose another one with --port.\n`,
