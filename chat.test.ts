@@ -489,7 +489,7 @@ describe("commands", () => {
       "/quit",
     ].entries())
       expect(lines[place]).toStartWith(`* ${usage} `);
-    expect(lines[5]).toStartWith("* //text ");
+    expect(lines[5]).toStartWith("* //TEXT ");
     alice.send("done\n");
     expect(await bob.line()).toBe("[alice] done");
   });
@@ -809,7 +809,7 @@ describe("limits", () => {
     peer.send("no name!\n");
     expect(await peer.line()).toBe(NAME_RULE);
     await peer.ended.promise;
-    jest.advanceTimersByTime(11_000);
+    jest.advanceTimersByTime(61_000);
     // The peer's half of the connection is still open: only a reset can have closed it.
     expect(await peer.closed.promise).toBeInstanceOf(Error);
   });
@@ -999,7 +999,7 @@ describe("bun server.ts", () => {
     server.process.kill("SIGTERM");
     await server.until(/Server is shutting down/);
     server.process.kill("SIGTERM");
-    expect(await server.exited).toBe(128 + 15);
+    expect(await server.exited).toBe(143);
   });
 
   test("options reach the room", async () => {
@@ -1012,19 +1012,15 @@ describe("bun server.ts", () => {
   });
 
   test.each([
-    [["--port", "banana"], 2, /^--port takes a whole number from 0 to 65535, and "banana" is none/],
-    [["--port", "65536"], 2, /^--port takes a whole number/],
+    [["--port", "banana"], 2, /^--port takes a number from 0 to 65535, not "banana"/],
+    [["--port", "65536"], 2, /^--port takes a number/],
     [["--port"], 2, /^Option '--port <value>' argument missing/],
     [["--rate", "-1"], 2, /^Option '--rate' argument is ambiguous/],
-    [["--max-clients", "0"], 2, /^--max-clients takes a whole number from 1/],
+    [["--max-clients", "0"], 2, /^--max-clients takes a number from 1/],
     [["--foo"], 2, /^Unknown option '--foo'/],
     [["foo"], 2, /^Unexpected argument 'foo'/],
-    [
-      ["--host", "192.0.2.1"],
-      1,
-      /^Could not listen on 192\.0\.2\.1:5555\. The address is not one of/,
-    ],
-    [["--host", "no.such.host.invalid"], 1, /^Could not listen on .*\. The host is unknown/],
+    [["--host", "192.0.2.1"], 1, /^The address is not one of/],
+    [["--host", "no.such.host.invalid"], 1, /^The host is unknown/],
   ])("%j: one clear line, exit code %d", async (options, code, reason) => {
     const program = new Program(process.execPath, "server.ts", ...options);
     expect(await program.exited).toBe(code);
@@ -1037,9 +1033,7 @@ describe("bun server.ts", () => {
     const server = await serve();
     const second = new Program(process.execPath, "server.ts", "--port", `${server.port}`);
     expect(await second.exited).toBe(1);
-    expect(second.problems).toBe(
-      `Could not listen on 127.0.0.1:${server.port}. The port is in use: choose another one with --port.\n`,
-    );
+    expect(second.problems).toBe("The port is in use: choose another one with --port.\n");
     await enter(server, "alice");
   });
 
@@ -1684,7 +1678,7 @@ describe("losing the server", () => {
       close() {},
     };
   }
-  const at = (port: number) => ({ host: "127.0.0.1", port });
+  const at = (port: number) => ({ host: "127.0.0.1", port, tls: false });
 
   test("gives up on a server that never speaks", async () => {
     expect(PACE.silence).toBe(10_000);

@@ -1,17 +1,16 @@
 #!/usr/bin/env bun
 /**
- * The terminal client of bun-chat: a chat room over TCP, one message a line. It speaks the Budget
- * Chat protocol (Protohackers, problem 3); any such server will do.
+ * The terminal client of bun-chat: a chat room over TCP, one message a line.
  *
  *   bun client.ts                                      the menu, on the server of this machine
  *   bun client.ts --host chat.example.org --name Alex  straight into that room
  *   tail -f app.log | bun client.ts --name logbot      in a pipe it is a tool
  *
- * `receiveMessages` owns the connection and keeps it up, `sendMessages` passes on what is typed.
- * They meet at a screen, where what arrives must never disturb what is being typed, and where no
- * byte of the server, a stranger, is ever a control.
+ * It speaks Budget Chat (Protohackers, problem 3) with any server. `receiveMessages` owns the
+ * connection and keeps it up, `sendMessages` passes on what is typed. They meet at a screen, where
+ * what arrives never disturbs what is being typed, and no byte of a server is ever a control.
  */
-import { writeSync } from "node:fs";
+import { readFileSync, writeSync } from "node:fs";
 import { createInterface, type Interface } from "node:readline";
 import { parseArgs } from "node:util";
 
@@ -19,7 +18,6 @@ const { stdin, stdout } = process;
 const VERSION = "0.1.0";
 const MAX_LINE = 1024 * 1024; // characters of a server's line; a roster of 10,000 names has 350 KB
 const MAX_SHOWN = 8192; // characters of a line that are shown, or sent; a message has 4096 bytes
-const MAX_UNSENT = 10_000; // lines that may wait for the server
 const MAX_PEOPLE = 10_000; // names remembered for Tab
 const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at once.";
 const [WHO, SAY] = ["Enter your username: ", "You: "];
@@ -32,18 +30,21 @@ const COMMANDS = {
   "/msg NAME TEXT": "say TEXT to NAME and to nobody else",
   "/quit": "end the program",
 };
-const commands = Object.entries(COMMANDS).map(([usage, does]) => `  ${usage.padEnd(15)} ${does}`);
 const HELP = `bun-chat ${VERSION}: talk to everybody in a room, from your terminal.
 
 Usage: bun client.ts [options]
   --host HOST     where the server is (default 127.0.0.1)
   --port PORT     and its port (default 5555)
   --name NAME     join as NAME at once, without the menu
+  --tls           encrypt; the certificate must be good for HOST
+  --ca FILE       the same, for a certificate that this PEM file vouches for
   --bell          ring when somebody mentions you or writes to you alone
   --help, --version
 
 In the chat:
-${commands.join("\n")}
+${Object.entries(COMMANDS)
+  .map(([usage, does]) => `  ${usage.padEnd(15)} ${does}`)
+  .join("\n")}
   //text          say a line that begins with /
   q               leave the chat, back to the menu
   Tab             complete a name or a command; once more for the next one
@@ -62,7 +63,7 @@ Examples:
 
 /**
  * Returns a function that takes the next bytes of a stream and returns the lines they complete, of
- * each at most `limit` characters, without what could steer a terminal or reorder its text: C0 but
+ * each `limit` characters at most, without what could steer a terminal or reorder its text: C0 but
  * for tab, DEL, C1, line separators, bidirectional overrides and isolates (Unicode annex 9).
  */
 export function splitLines(limit: number): (chunk: Uint8Array) => string[] {
@@ -116,14 +117,11 @@ function complete(before: string, people: Iterable<string>): string[] {
 const COLOURS = [28, 30, 31, 62, 64, 97, 99, 130, 131, 133, 161, 163];
 const COLOURED = stdout.isTTY && stdout.hasColors();
 const paint = (sgr: string, text: string) => (COLOURED ? `\x1b[${sgr}m${text}\x1b[0m` : text);
-
-const list = (names: string[]) => new Intl.ListFormat("en-GB").format(names);
-
 /** An entry as its reader sees it: the time, who speaks, and a bell if it is meant for them. */
 function render({ from, to, did, text, crowd }: Crowd, reader: string, bell: string): string {
   const time = paint("2", new Date().toTimeString().slice(0, 5)); // dim
   const few = crowd.length > 3 ? [...crowd.slice(0, 2), `${crowd.length - 2} others`] : crowd;
-  const line = crowd.length > 1 ? `* ${list(few)} have ${did}` : text;
+  const line = crowd[1] ? `* ${new Intl.ListFormat("en-GB").format(few)} have ${did}` : text;
   const shown = line.length > MAX_SHOWN ? `${line.slice(0, MAX_SHOWN)}… (cut)` : line;
   if (!from) return `${time} ${paint("2", shown)}\n`;
   if (to) return `${time} ${paint("1;35", shown)}${from === reader ? "" : bell}\n`;
@@ -139,16 +137,26 @@ function render({ from, to, did, text, crowd }: Crowd, reader: string, bell: str
 /** In ms: for a server to speak, before the first new try, and for a refusal to become one. */
 export const PACE = { silence: 10_000, retry: 1000, doubt: 500 };
 
-type Address = { host: string; port: number };
+type Address = { host: string; port: number; tls: boolean | { ca: string } };
 type Line = { text: string; typed: boolean }; // typed is neither pasted nor piped
 type Screen = ReturnType<typeof terminal>;
 type Room = ReturnType<typeof receiveMessages>;
+
+const PROBLEMS: [code: RegExp, remedy: string][] = [
+  [/ECONNREFUSED/, "Is the server running?"],
+  [/ENOTFOUND/, "There is no such host."],
+  [/EPROTO/, "It does not speak TLS: leave --tls away."],
+  [/DEPTH_ZERO/, "Its certificate is self-signed: get a copy from its owner, for --ca FILE."],
+  [/EXPIRED/, "Its certificate has expired: its owner must renew it."],
+  [/ALTNAME/, "Its certificate is for a wrong host: give --host the name it was made for."],
+  [/ISSUER|LEAF|CHAIN/, "Its certificate is of an unknown authority: get theirs, for --ca FILE."],
+];
 
 /**
  * Gets into the room and shows on `screen` what comes from there. When the connection is lost after
  * the name was accepted, makes it anew under the same name, until you leave.
  */
-export function receiveMessages({ host, port }: Address, screen: Screen, pace = PACE) {
+export function receiveMessages({ host, port, tls }: Address, screen: Screen, pace = PACE) {
   type Stage = "closed" | "connecting" | "greeting" | "greeted" | "asked" | "joined";
   let stage: Stage = "closed";
   let socket: Bun.Socket<undefined> | undefined;
@@ -172,28 +180,28 @@ export function receiveMessages({ host, port }: Address, screen: Screen, pace = 
     data: (from, chunk) => void (from === socket && show(split(chunk).map(classify).filter(heard))),
     drain: () => flush(),
     close: (from) => void (from === socket && end(unclear?.words ?? "Connection lost.", true)),
-    connectError(_, { code }: NodeJS.ErrnoException) {
-      const why = code === "ENOTFOUND" ? `There is no host ${host}.` : "Is the server running?";
-      if (stage === "connecting") end(`${unreachable} ${why}`);
-    },
+    handshake: (from, _, error) => void (error && from === socket && fail(error)),
+    connectError: (_, error) => void (stage === "connecting" && fail(error)),
   };
 
-  const after = (ms: number, act: () => void) => {
+  function fail({ code = "", message }: NodeJS.ErrnoException) {
+    const remedy = PROBLEMS.find(([problem]) => problem.test(code))?.[1];
+    end(`${unreachable} ${remedy ?? message}`);
+  }
+  function after(ms: number, act: () => void) {
     clearTimeout(timer);
     timer = setTimeout(act, ms);
-  };
+  }
   function expect(next: Stage) {
     stage = next;
-    after(pace.silence, () => end(`${unreachable} It says nothing.`));
+    after(pace.silence, () => end(`${unreachable} It says nothing.${tls ? "" : " Try --tls."}`));
   }
-
   function connect() {
     split = splitLines(MAX_LINE);
     taken = 0; // a line of which the last connection took a part is sent again whole
     expect("connecting");
-    Bun.connect({ hostname: host, port, socket: handlers }).catch(() => {}); // connectError has it
+    Bun.connect({ hostname: host, port, tls, socket: handlers }).catch(() => {}); // connectError
   }
-
   function heard(entry: Entry): boolean {
     unclear?.accept();
     if (entry.renamed && entry.who === name) name = entry.renamed;
@@ -202,7 +210,6 @@ export function receiveMessages({ host, port }: Address, screen: Screen, pace = 
     else return stage === "joined";
     return false;
   }
-
   // A refusal may look like any greeting and any roster: only the end of the connection tells.
   function unlessRefused(entry: Entry, doubtful: boolean, act: (entry: Entry) => void) {
     const accept = () => {
@@ -214,7 +221,6 @@ export function receiveMessages({ host, port }: Address, screen: Screen, pace = 
     if (doubtful) after(pace.doubt, accept);
     else accept();
   }
-
   function introduce() {
     stage = "greeted";
     if (!name) return outcome.resolve("");
@@ -222,20 +228,17 @@ export function receiveMessages({ host, port }: Address, screen: Screen, pace = 
     const bytes = Buffer.from(`${name}\n`);
     if (socket?.write(bytes) !== bytes.length) end("Connection lost.");
   }
-
   function joined({ text, roster = /:(.*)/.exec(text)?.[1] ?? "" }: Entry) {
     [stage, member, tries] = ["joined", true, 0];
     show([{ text, roster }]);
     outcome.resolve("");
     flush();
   }
-
   function show(entries: Entry[]) {
     if (entries.length === 0 || screen.show(entries, name)) return;
     socket?.pause();
     stdout.once("drain", () => socket?.resume());
   }
-
   function flush() {
     if (stage !== "joined" || !socket) return;
     while (queue[0]) {
@@ -247,7 +250,6 @@ export function receiveMessages({ host, port }: Address, screen: Screen, pace = 
     flushed();
     if (leaving) socket.shutdown();
   }
-
   function end(reason: string, refused = false) {
     const [before, old] = [stage, socket];
     clearTimeout(timer);
@@ -279,8 +281,7 @@ export function receiveMessages({ host, port }: Address, screen: Screen, pace = 
     /** Sends a line as soon as possible. Resolves when nothing waits to be sent any more. */
     send(text: string): Promise<void> {
       const sent = new Promise<void>((resolve) => (flushed = resolve));
-      if (queue.length < MAX_UNSENT) queue.push(Buffer.from(`${text}\n`));
-      else screen.notice(`Not sent, as too many lines wait already: ${text}`);
+      queue.push(Buffer.from(`${text}\n`));
       flush();
       return sent;
     },
@@ -308,7 +309,6 @@ function terminal(bell: string) {
   let [reader, offers]: [string, string[]] = ["", []];
   let timer: Timer | undefined;
   let [pasting, verbatim] = [false, false]; // verbatim: a line begun in a paste is never a command
-
   function completer(before: string): [string[], string] {
     if (pasting) return [["\t"], ""];
     const at = offers.indexOf(before);
@@ -320,7 +320,6 @@ function terminal(bell: string) {
   const rl = createInterface(options) as Interface & { prevRows: number; closed: boolean };
   // Without completion, as within a paste, readline would not keep its picture up to date.
   Object.defineProperty(rl, "isCompletionEnabled", { get: () => true, set() {} });
-
   function raw(on: boolean) {
     stdin.setRawMode(on);
     writeSync(1, `\x1b[?2004${on ? "h" : "l"}`); // bracketed paste
@@ -340,7 +339,6 @@ function terminal(bell: string) {
     return print(lines.join(""));
   }
   const resume = () => [raw(true), print("")];
-
   rl.on("line", (text) => {
     ahead.push({ text: verbatim && text.startsWith("/") ? `/${text}` : text, typed: !pasting });
     verbatim = pasting;
@@ -365,7 +363,6 @@ function terminal(bell: string) {
   });
   stdout.prependListener("resize", () => (rl.prevRows = rl.getCursorPos().rows)); // text reflows
   raw(true);
-
   return {
     person: true,
     /** Resolves with the next line entered, or undefined at the end of input. */
@@ -441,15 +438,21 @@ export async function sendMessages(screen: Screen, room: Room): Promise<boolean>
 }
 
 function readOptions() {
-  const [text, flag] = [{ type: "string" }, { type: "boolean" }] as const;
-  const options = { host: text, port: text, name: text, bell: flag, help: flag, version: flag };
+  const [text, flag] = [{ type: "string" }, { type: "boolean", default: false }] as const;
+  const address = { host: text, port: text, tls: flag, ca: text };
+  const options = { ...address, name: text, bell: flag, help: flag, version: flag };
   try {
-    const { host = "127.0.0.1", port = "5555", ...rest } = parseArgs({ options }).values;
-    if (/^\d{1,5}$/.test(port) && +port > 0 && +port < 65536) return { ...rest, host, port: +port };
-    throw new Error(`--port is a number from 1 to 65535, not '${port}'`);
+    const { host = "127.0.0.1", port = "5555", ca, ...rest } = parseArgs({ options }).values;
+    const pem = ca === undefined ? "" : readFileSync(ca, "utf8");
+    if (ca && !pem.includes("BEGIN CERTIFICATE")) throw new Error(`${ca} holds no PEM certificate`);
+    if (!/^\d{1,5}$/.test(port) || +port < 1 || +port > 65535)
+      throw new Error(`--port is a number from 1 to 65535, not '${port}'`);
+    return { ...rest, host, port: +port, tls: ca ? { ca: pem } : rest.tls };
   } catch (error) {
-    console.error(`${(error as Error).message.replace(/\. .*/s, "")}. Try --help.`);
-    process.exit(2);
+    const { path, message } = error as NodeJS.ErrnoException;
+    const [what] = message.split(". ");
+    console.error(path ? `${path} cannot be read.` : `${what}. Try --help.`);
+    process.exit(path ? 1 : 2);
   }
 }
 
@@ -460,7 +463,6 @@ export async function main(): Promise<void> {
   if (options.version) return console.log(VERSION);
   const screen = stdin.isTTY && stdout.isTTY ? terminal(options.bell ? "\x07" : "") : pipe();
   const room = receiveMessages(options, screen);
-
   function finish(code: number, words = "") {
     screen.close();
     if (words) console.error(words);
@@ -476,7 +478,6 @@ export async function main(): Promise<void> {
   };
   process.on("SIGINT", stop(screen.person ? 0 : 130)).on("SIGTERM", stop(143));
   if (screen.person) process.on("SIGHUP", stop(129));
-
   await room.join();
   if (screen.person && !options.name) screen.notice("Connected to server.");
   let name =
