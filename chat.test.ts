@@ -5,10 +5,81 @@
  * when it does not.
  */
 
-import { afterEach, describe, expect, jest, test } from "bun:test";
+import { afterEach, beforeEach, describe, expect, jest, spyOn, test } from "bun:test";
+import { EventEmitter } from "node:events";
+import { openSync } from "node:fs";
+import { PassThrough, Writable } from "node:stream";
 import type { Socket } from "bun";
-import { PACE, receiveMessages, splitLines } from "./client.ts";
-import { startServer, type Server, type ServerOptions } from "./server.ts";
+import { startServer, main as serverMain, type Server, type ServerOptions } from "./server.ts";
+
+// --- A process that is not one -----------------------------------------------------------------
+// Most tests of the programs run them as people do, in processes of their own, where no coverage is
+// measured. So a few run `main` here, in a process of straw with a terminal that a test can type in.
+
+class Exit extends Error {
+  constructor(readonly code: number) {
+    super(`exit ${code}`);
+  }
+}
+
+const stdin = Object.assign(new PassThrough(), {
+  isTTY: true,
+  isRaw: false,
+  setRawMode: (on: boolean) => void (stdin.isRaw = on),
+});
+const straw = Object.assign(new EventEmitter(), {
+  stdin,
+  stdout: Object.assign(
+    new Writable({
+      decodeStrings: false,
+      write(chunk, _, done) {
+        straw.shown += chunk;
+        straw.emit("shown");
+        done();
+      },
+    }),
+    {
+      fd: openSync("/dev/null", "w"),
+      isTTY: true,
+      columns: 80,
+      rows: 24,
+      hasColors: () => true,
+      end: (done: () => void) => void straw.attempt(done),
+    },
+  ),
+  stderr: new PassThrough(),
+  env: process.env,
+  exitCode: 0,
+  shown: "",
+  exited: Promise.withResolvers<number>(),
+  exit: (code = straw.exitCode): never => {
+    straw.exited.resolve(code);
+    throw new Exit(code);
+  },
+  attempt(act: () => void) {
+    try {
+      act();
+    } catch (error) {
+      if (!(error instanceof Exit)) throw error;
+    }
+  },
+  kill: () => straw.emit("SIGCONT"), // a shell that brings it back to the foreground at once
+  report: process.report,
+  nextTick: process.nextTick,
+  emitWarning: process.emitWarning,
+  platform: process.platform,
+  version: process.version,
+  versions: process.versions,
+});
+
+const real = globalThis.process;
+const useStraw = () => void (globalThis.process = straw as unknown as NodeJS.Process);
+const useReal = () => void (globalThis.process = real);
+
+// The client takes its streams when it is loaded.
+useStraw();
+const { main: clientMain, PACE, receiveMessages, splitLines } = await import("./client.ts");
+useReal();
 
 // --- A room and its peers ----------------------------------------------------------------------
 
@@ -2064,5 +2135,150 @@ describe("client and server", () => {
     alex.type("still here\r");
     const reader = await enter(again, "reader");
     await reader.until("[Alex] still here");
+  });
+});
+
+// --- In a process of straw ---------------------------------------------------------------------
+
+describe("main in this process", () => {
+  let problems = spyOn(console, "error");
+  const { argv } = real;
+
+  beforeEach(() => {
+    useStraw();
+    problems = spyOn(console, "error").mockImplementation(() => {});
+    straw.shown = "";
+    straw.exitCode = 0;
+    stdin.isTTY = true;
+  });
+
+  afterEach(() => {
+    real.argv = argv;
+    useReal();
+    problems.mockRestore();
+  });
+
+  /** Starts the client. What it throws comes where an unhandled rejection would. */
+  function client(...args: string[]): void {
+    straw.removeAllListeners();
+    stdin.removeAllListeners();
+    straw.stdout.removeAllListeners("resize");
+    straw.exited = Promise.withResolvers();
+    real.argv = ["bun", "client.ts", ...args];
+    clientMain().catch((error) => {
+      if (!(error instanceof Exit)) straw.emit("unhandledRejection", error);
+    });
+  }
+
+  async function until(text: string): Promise<void> {
+    while (!straw.shown.includes(text))
+      await new Promise((resolve) => straw.once("shown", resolve));
+    straw.shown = straw.shown.slice(straw.shown.indexOf(text) + text.length);
+  }
+
+  test("the client in a terminal: menu, typing, Tab, paste, colours, Ctrl+Z, resize, leaving", async () => {
+    const server = open();
+    const [bob, carol] = (await enterAll(server, "bob", "carol")) as [Peer, Peer];
+    client("--port", `${server.port}`, "--bell");
+    await until("Enter your choice: ");
+    stdin.write("x\r1\r");
+    await until("Enter your username: ");
+    stdin.write("bob\r");
+    await until("* The name bob is taken.");
+    await until("Enter your username: ");
+    stdin.write("Alex\r");
+    await until("The room contains: bob, carol");
+    expect(await bob.line()).toBe("* Alex has joined the chat");
+    bob.send("hi ALEX!\n/msg Alex psst\n/nick ben\n/quit\n");
+    await until("\x1b[1m hi ALEX!\x1b[0m\x07");
+    await until("\x1b[1;35m[bob -> Alex] psst");
+    await until("ben has left");
+    await carol.until("* ben has left the chat");
+    stdin.write("ca\t");
+    await until("carol: ");
+    stdin.write("\x1a");
+    await until("\x1b[J");
+    straw.stdout.emit("resize");
+    stdin.write("hello\r");
+    expect(await carol.until("[Alex] carol: hello")).toEqual(
+      ["* Alex has joined the chat"].slice(1),
+    );
+    stdin.write("\x1b[200~one\r\r/two\tof it\r\x1b[201~q\r");
+    expect(await carol.lines(3)).toEqual([
+      "[Alex] one",
+      "[Alex] /two\tof it",
+      "* Alex has left the chat",
+    ]);
+    await until("Enter your choice: ");
+    stdin.write("2\r");
+    expect(await straw.exited.promise).toBe(0);
+    straw.emit("exit");
+    expect(stdin.isRaw).toBe(false);
+  });
+
+  test("the client in a terminal: a signal, a server that is not there", async () => {
+    const server = open();
+    const bob = await enter(server, "bob");
+    client("--port", `${server.port}`, "--name", "Alex");
+    await until("The room contains: bob");
+    bob.send(`${"x".repeat(4000)}\n`);
+    await until("xxx");
+    straw.emit("SIGTERM");
+    expect(await straw.exited.promise).toBe(143);
+    client("--port", "1", "--name", "Alex");
+    expect(await straw.exited.promise).toBe(1);
+    expect(problems).toHaveBeenLastCalledWith(
+      "Could not connect to 127.0.0.1:1. Is the server running?",
+    );
+  });
+
+  test("the client in a pipe", async () => {
+    const server = open();
+    const bob = await enter(server, "bob");
+    stdin.isTTY = false;
+    const input = spyOn(Bun.stdin, "stream");
+    input.mockReturnValueOnce(new Blob(["Alex\none\n\ntwo"]).stream());
+    client("--port", `${server.port}`);
+    expect(await straw.exited.promise).toBe(0);
+    expect(straw.shown).toBe("* The room contains: bob\n");
+    expect(await bob.lines(4)).toEqual([
+      "* Alex has joined the chat",
+      "[Alex] one",
+      "[Alex] two",
+      "* Alex has left the chat",
+    ]);
+    for (const [args, code, problem] of [
+      [["--name", "bob"], 1, "* The name bob is taken."],
+      [["--ca", "/no/such/file"], 1, "/no/such/file cannot be read."],
+      [["--port", "0"], 2, "--port is a number from 1 to 65535, not '0'. Try --help."],
+    ] as const) {
+      input.mockReturnValueOnce(new Blob([]).stream());
+      client("--port", `${server.port}`, ...args);
+      expect(await straw.exited.promise).toBe(code);
+      expect(problems).toHaveBeenLastCalledWith(problem);
+    }
+    client("--help");
+    await until("Usage: bun client.ts");
+    input.mockRestore();
+  });
+
+  test("the server", async () => {
+    const log = spyOn(console, "log").mockImplementation(() => {});
+    const run = (...args: string[]) => {
+      real.argv = ["bun", "server.ts", ...args];
+      serverMain();
+    };
+    run("--port", "0", "--rate", "0");
+    await until("Server is running on 127.0.0.1:");
+    const alice = await enter({ port: Number.parseInt(straw.shown) }, "alice");
+    alice.send("hi\n");
+    await until("Received message from alice: hi");
+    straw.emit("SIGTERM");
+    expect(await alice.rest()).toEqual(["* The server is shutting down"]);
+    expect(straw.listenerCount("SIGTERM")).toBe(0);
+    expect(() => run("--version")).toThrow("exit 0");
+    expect(() => run("--rate", "x")).toThrow('--rate takes a number from 0 to 1000000, not "x"');
+    expect(() => run("--tls-cert", "x")).toThrow("--tls-cert and --tls-key go together");
+    log.mockRestore();
   });
 });

@@ -322,7 +322,7 @@ function terminal(bell: string) {
   Object.defineProperty(rl, "isCompletionEnabled", { get: () => true, set() {} });
   function raw(on: boolean) {
     stdin.setRawMode(on);
-    writeSync(1, `\x1b[?2004${on ? "h" : "l"}`); // bracketed paste
+    writeSync(stdout.fd, `\x1b[?2004${on ? "h" : "l"}`); // bracketed paste
   }
   function print(text: string): boolean {
     if (rl.closed) return stdout.write(text);

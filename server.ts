@@ -481,7 +481,7 @@ Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
   --help                 show this text
   --version              show the version`;
 
-function main(): void {
+export function main(): void {
   const { quiet, ...options } = readOptions();
   const print = createPrinter(process.stdout);
   const logError = createPrinter(process.stderr);
