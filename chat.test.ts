@@ -1825,7 +1825,7 @@ describe("losing the server", () => {
       await fast.until(`[bob] ${word}`);
     }
     expect(slow.shown.text).toBe("* The room contains: bob, carol\n");
-    process.stdout.emit("drain");
+    straw.stdout.emit("drain");
     await slow.until("[bob] more");
   });
 

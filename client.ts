@@ -1,7 +1,6 @@
 #!/usr/bin/env bun
 /**
  * The terminal client of bun-chat: a chat room over TCP, one message a line.
- *
  *   bun client.ts                                      the menu, on the server of this machine
  *   bun client.ts --host chat.example.org --name Alex  straight into that room
  *   tail -f app.log | bun client.ts --name logbot      in a pipe it is a tool
@@ -30,6 +29,7 @@ const COMMANDS = {
   "/msg NAME TEXT": "say TEXT to NAME and to nobody else",
   "/quit": "end the program",
 };
+const commands = Object.entries(COMMANDS).map(([usage, does]) => `  ${usage.padEnd(15)} ${does}`);
 const HELP = `bun-chat ${VERSION}: talk to everybody in a room, from your terminal.
 
 Usage: bun client.ts [options]
@@ -42,9 +42,7 @@ Usage: bun client.ts [options]
   --help, --version
 
 In the chat:
-${Object.entries(COMMANDS)
-  .map(([usage, does]) => `  ${usage.padEnd(15)} ${does}`)
-  .join("\n")}
+${commands.join("\n")}
   //text          say a line that begins with /
   q               leave the chat, back to the menu
   Tab             complete a name or a command; once more for the next one
@@ -60,11 +58,10 @@ Examples:
 `;
 
 // ---- Text: bytes to lines, lines to what they mean. Nothing here knows a socket or a terminal.
-
 /**
  * Returns a function that takes the next bytes of a stream and returns the lines they complete, of
- * each `limit` characters at most, without what could steer a terminal or reorder its text: C0 but
- * for tab, DEL, C1, line separators, bidirectional overrides and isolates (Unicode annex 9).
+ * `limit` characters at most, without what could steer a terminal or reorder its text: C0 but tab,
+ * DEL, C1, line separators, bidirectional overrides and isolates (Unicode UAX #9).
  */
 export function splitLines(limit: number): (chunk: Uint8Array) => string[] {
   const unsafe = /[\0-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
@@ -84,7 +81,6 @@ type Entry = { text: string } & Partial<Record<Part, string>>;
 type Crowd = Entry & { crowd: string[] }; // neighbours that all joined, or all left, are one
 
 // A name has no space and no punctuation, so nothing that people say can look like one of these.
-// "entered" and "room" are how the protocol's own example puts it.
 const NAME = "[\\p{L}\\p{N}][\\p{L}\\p{M}\\p{N}]{0,63}";
 const FORMS = [
   `\\[(?<from>${NAME})(?: -> (?<to>${NAME}))?\\] `,
@@ -100,8 +96,8 @@ function remember(people: Set<string>, { from, to, who, did, renamed, roster }: 
   if (roster !== undefined) people.clear();
   const here = [from, to, renamed, did === "left" ? "" : who, ...(roster?.match(/[^\s,]+/g) ?? [])];
   for (const name of [who, ...here]) if (name) people.delete(name);
+  if (people.size >= MAX_PEOPLE) return;
   for (const name of here) if (name && !(renamed && name === who)) people.add(name);
-  for (const name of people) if (people.size > MAX_PEOPLE) people.delete(name);
 }
 
 /** What Tab offers for the text before the cursor: whole replacements of it, the best first. */
@@ -117,6 +113,7 @@ function complete(before: string, people: Iterable<string>): string[] {
 const COLOURS = [28, 30, 31, 62, 64, 97, 99, 130, 131, 133, 161, 163];
 const COLOURED = stdout.isTTY && stdout.hasColors();
 const paint = (sgr: string, text: string) => (COLOURED ? `\x1b[${sgr}m${text}\x1b[0m` : text);
+
 /** An entry as its reader sees it: the time, who speaks, and a bell if it is meant for them. */
 function render({ from, to, did, text, crowd }: Crowd, reader: string, bell: string): string {
   const time = paint("2", new Date().toTimeString().slice(0, 5)); // dim
@@ -133,15 +130,12 @@ function render({ from, to, did, text, crowd }: Crowd, reader: string, bell: str
 }
 
 // ---- The room: a stay in the chat, over as many connections as it takes.
-
 /** In ms: for a server to speak, before the first new try, and for a refusal to become one. */
 export const PACE = { silence: 10_000, retry: 1000, doubt: 500 };
-
 type Address = { host: string; port: number; tls: boolean | { ca: string } };
 type Line = { text: string; typed: boolean }; // typed is neither pasted nor piped
 type Screen = ReturnType<typeof terminal>;
 type Room = ReturnType<typeof receiveMessages>;
-
 const PROBLEMS: [code: RegExp, remedy: string][] = [
   [/ECONNREFUSED/, "Is the server running?"],
   [/ENOTFOUND/, "There is no such host."],
@@ -169,7 +163,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, pa
   const queue: Uint8Array[] = [];
   let taken = 0; // bytes of queue[0] that the kernel has
   let flushed = () => {};
-
   const unreachable = `Could not connect to ${host}:${port}.`;
   const handlers: Bun.SocketHandler<undefined> = {
     open(opened) {
@@ -183,7 +176,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, pa
     handshake: (from, _, error) => void (error && from === socket && fail(error)),
     connectError: (_, error) => void (stage === "connecting" && fail(error)),
   };
-
   function fail({ code = "", message }: NodeJS.ErrnoException) {
     const remedy = PROBLEMS.find(([problem]) => problem.test(code))?.[1];
     end(`${unreachable} ${remedy ?? message}`);
@@ -259,6 +251,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, pa
       const lost = queue.splice(0).length;
       member = leaving = false;
       if (lost) screen.notice(`${lost} ${lost === 1 ? "line was" : "lines were"} not sent.`);
+      else if (before === "joined" && !refused) screen.notice("The last lines may be lost.");
       outcome.resolve(lost ? "lost" : "");
     } else if (member) {
       // A name refused now was ours a moment ago: the server has not noticed yet that we are gone.
@@ -268,7 +261,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, pa
     } else if (before === "asked" && refused) outcome.resolve(reason);
     else if (before !== "greeted") outcome.reject(new Error(reason));
   }
-
   return {
     /** Enters under a name, or only connects. Resolves with the words of a refusal, else "". */
     join(wanted = ""): Promise<string> {
@@ -299,7 +291,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, pa
 }
 
 // ---- The screen: a terminal or a pipe.
-
 /** A person's terminal: the line being typed and, above it, all that happens. */
 function terminal(bell: string) {
   const people = new Set<string>();
@@ -310,7 +301,6 @@ function terminal(bell: string) {
   let timer: Timer | undefined;
   let [pasting, verbatim] = [false, false]; // verbatim: a line begun in a paste is never a command
   function completer(before: string): [string[], string] {
-    if (pasting) return [["\t"], ""];
     const at = offers.indexOf(before);
     if (at === -1) offers = complete(before, people.difference(new Set([reader])));
     const offer = offers[(at + 1) % offers.length] ?? before;
@@ -318,16 +308,18 @@ function terminal(bell: string) {
   }
   const options = { input: stdin, output: stdout, prompt: "", historySize: 1000, completer };
   const rl = createInterface(options) as Interface & { prevRows: number; closed: boolean };
-  // Without completion, as within a paste, readline would not keep its picture up to date.
-  Object.defineProperty(rl, "isCompletionEnabled", { get: () => true, set() {} });
+  // While completion is off readline merely echoes: a long paste is quick, then `print` redraws.
+  Object.defineProperty(rl, "isCompletionEnabled", { get: () => !pasting, set() {} });
   function raw(on: boolean) {
     stdin.setRawMode(on);
-    writeSync(stdout.fd, `\x1b[?2004${on ? "h" : "l"}`); // bracketed paste
+    try {
+      writeSync(stdout.fd, `\x1b[?2004${on ? "h" : "l"}`); // bracketed paste
+    } catch {} // the terminal is gone
   }
   function print(text: string): boolean {
     if (rl.closed) return stdout.write(text);
     const { rows } = rl.getCursorPos();
-    const more = stdout.write(`${rows ? `\x1b[${rows}A` : ""}\r\x1b[J${text}`);
+    const more = stdout.write(` ${rows ? `\x1b[${rows}A` : ""}\r\x1b[J${text}`);
     rl.prevRows = 0;
     rl.prompt(true);
     return more;
@@ -347,7 +339,7 @@ function terminal(bell: string) {
   });
   rl.on("history", (history) => rl.getPrompt() === SAY || history.shift());
   rl.on("close", () => [stdout.write("\r\x1b[J"), wake()]);
-  rl.on("error", () => rl.close());
+  rl.once("error", () => rl.close()).on("error", () => {}); // a dead terminal fails at each step
   rl.on("SIGINT", () => process.emit("SIGINT", "SIGINT"));
   rl.on("SIGTSTP", () => {
     stdout.write("\n");
@@ -357,10 +349,12 @@ function terminal(bell: string) {
   });
   process.on("SIGCONT", resume);
   process.on("exit", () => raw(false));
-  stdin.on("keypress", (_, { name }: { name?: string }) => {
-    if (name === "paste-start") [pasting, verbatim] = [true, rl.line === ""];
-    if (name === "paste-end") pasting = verbatim = false;
-  });
+  stdin
+    .on("error", () => {})
+    .on("keypress", (_, { name }: { name?: string }) => {
+      if (name === "paste-start") [pasting, verbatim] = [true, rl.line === ""];
+      if (name === "paste-end") [pasting, verbatim] = [false, false, print("")];
+    });
   stdout.prependListener("resize", () => (rl.prevRows = rl.getCursorPos().rows)); // text reflows
   raw(true);
   return {
@@ -370,6 +364,7 @@ function terminal(bell: string) {
       rl.setPrompt(question);
       if (!rl.closed) rl.prompt(true);
       while (!ahead[0] && !rl.closed) await new Promise<void>((resolve) => (wake = resolve));
+      if (question !== SAY) rl.setPrompt(""); // it is answered
       return ahead.shift();
     },
     /** Shows what the room said; false if no more should come before stdout drains. */
@@ -387,7 +382,7 @@ function terminal(bell: string) {
       return true;
     },
     /** Shows what the client itself has to say. */
-    notice: (text: string): void => void print(`${text}\n`),
+    notice: (text: string): void => void (flush(), print(`${text}\n`)),
     close() {
       rl.setPrompt("");
       wake = () => {};
@@ -414,13 +409,13 @@ function pipe(): Screen {
 }
 
 // ---- The conversation.
-
 /** Shows the menu until a choice is made. Resolves with the name to join under, "" to exit. */
 export async function menu(screen: Screen): Promise<string> {
   for (;;) {
     screen.notice("1. Join the chat\nq. Leave the chat\n2. Exit the program");
-    const choice = (await screen.ask("Enter your choice: "))?.text.trim();
-    if (!choice || choice === "2" || choice === "/quit") return "";
+    const line = await screen.ask("Enter your choice: ");
+    const choice = line?.text.trim();
+    if (!line || (line.typed && !choice) || choice === "2" || choice === "/quit") return "";
     const name = choice === "1" && (await screen.ask(WHO))?.text.trim();
     if (name) return name;
   }
@@ -449,15 +444,20 @@ function readOptions() {
       throw new Error(`--port is a number from 1 to 65535, not '${port}'`);
     return { ...rest, host, port: +port, tls: ca ? { ca: pem } : rest.tls };
   } catch (error) {
-    const { path, message } = error as NodeJS.ErrnoException;
-    const [what] = message.split(". ");
-    console.error(path ? `${path} cannot be read.` : `${what}. Try --help.`);
-    process.exit(path ? 1 : 2);
+    const { syscall, path, message } = error as NodeJS.ErrnoException;
+    const [what] = message.split(/\. |\.\n/);
+    console.error(syscall ? `${path || "--ca"} cannot be read.` : `${what}. Try --help.`);
+    process.exit(syscall ? 1 : 2);
   }
 }
 
 /** The program: menu or pipe, join, talk, leave, and every way out. */
 export async function main(): Promise<void> {
+  stdout.on("error", ({ code, message }: NodeJS.ErrnoException) => {
+    if (code === "EPIPE" || code === "EIO") process.exit(0); // nobody reads any more
+    console.error(message);
+    process.exit(1);
+  });
   const options = readOptions();
   if (options.help) return void stdout.write(HELP);
   if (options.version) return console.log(VERSION);
@@ -471,10 +471,10 @@ export async function main(): Promise<void> {
   }
   const failures = ["uncaughtException", "unhandledRejection"]; // the second when join throws
   for (const failure of failures) process.on(failure, (error: Error) => finish(1, error.message));
-  stdout.on("error", () => process.exit(0)); // nobody reads any more
   const stop = (code: number) => () => {
     setImmediate(() => room.leave().then(() => finish(code))); // after what was typed before
     setTimeout(room.leave, 1000);
+    setTimeout(() => process.exit(code), 2000); // nobody reads what waits for stdout
   };
   process.on("SIGINT", stop(screen.person ? 0 : 130)).on("SIGTERM", stop(143));
   if (screen.person) process.on("SIGHUP", stop(129));
