@@ -2244,7 +2244,7 @@ describe("main in this process", () => {
   /** Starts the client. What it throws comes where an unhandled rejection would. */
   function client(...args: string[]): void {
     straw.removeAllListeners();
-    stdin.removeAllListeners();
+    stdin.removeAllListeners("keypress");
     straw.stdout.removeAllListeners();
     straw.exited = Promise.withResolvers();
     real.argv = ["bun", "client.ts", ...args];
