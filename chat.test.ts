@@ -5,9 +5,27 @@
  * when it does not.
  */
 
-import { afterEach, beforeEach, describe, expect, jest, spyOn, test } from "bun:test";
+import {
+  afterAll,
+  afterEach,
+  beforeAll,
+  beforeEach,
+  describe,
+  expect,
+  jest,
+  spyOn,
+  test,
+} from "bun:test";
 import { EventEmitter } from "node:events";
-import { mkdtempSync, openSync, rmSync } from "node:fs";
+import {
+  copyFileSync,
+  mkdtempSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname } from "node:path";
 import { PassThrough, Writable } from "node:stream";
@@ -60,9 +78,10 @@ function makeStraw() {
     exitCode: 0,
     shown: "",
     exited: Promise.withResolvers<number>(),
-    exit: (code = straw.exitCode): never => {
+    running: false,
+    exit: (code = straw.exitCode): void => {
       straw.exited.resolve(code);
-      throw new Exit(code);
+      if (straw.running) throw new Exit(code); // as nothing comes after an exit
     },
     kill: () => straw.emit("SIGCONT"), // a shell that brings it back to the foreground at once
   });
@@ -106,6 +125,9 @@ afterEach(async () => {
   servers.clear();
 });
 
+/** Where a server is, and for one with TLS whom to trust. */
+type Address = { port: number; ca?: string | undefined };
+
 /** A connection of bare bytes, which reads lines and sends whatever it is told to. */
 class Peer {
   received = Buffer.alloc(0);
@@ -114,17 +136,20 @@ class Peer {
   closed = Promise.withResolvers<Error | undefined>();
   private unsent = Buffer.alloc(0);
   private wake = () => {};
+  private wakeSender = () => {};
   private open = true;
 
   private constructor(readonly socket: Socket<Peer>) {}
 
-  static async connect(server: { port: number }): Promise<Peer> {
+  static async connect(server: Address): Promise<Peer> {
     const socket = await Bun.connect<Peer>({
       hostname: "127.0.0.1",
       port: server.port,
+      ...(server.ca && { tls: { ca: server.ca } }),
       allowHalfOpen: true,
       socket: {
         open: (socket) => void (socket.data = new Peer(socket)),
+        handshake: ({ data: peer }) => peer.send(""), // only now can anything be sent
         data: ({ data: peer }, chunk) => {
           peer.received = Buffer.concat([peer.received, chunk]);
           peer.total += chunk.length;
@@ -152,6 +177,13 @@ class Peer {
     this.unsent = Buffer.concat([this.unsent, Buffer.from(bytes as Uint8Array)]);
     if (this.unsent.length === 0) return;
     this.unsent = this.unsent.subarray(Math.max(0, this.socket.write(this.unsent)));
+    if (this.unsent.length === 0) this.wakeSender();
+  }
+
+  /** Waits until all is sent that `send` was given. */
+  async sent(): Promise<void> {
+    while (this.unsent.length > 0 && this.open)
+      await new Promise<void>((resolve) => (this.wakeSender = resolve));
   }
 
   /** The next line, without its newline; null when the connection ends before one is whole. */
@@ -195,14 +227,14 @@ class Peer {
 
 const WELCOME = "Welcome to the chat! What is your name?";
 
-async function greeted(server: { port: number }): Promise<Peer> {
+async function greeted(server: Address): Promise<Peer> {
   const peer = await Peer.connect(server);
   expect(await peer.line()).toBe(WELCOME);
   return peer;
 }
 
 /** Enters the room; the roster is read. */
-async function enter(server: { port: number }, name: string): Promise<Peer> {
+async function enter(server: Address, name: string): Promise<Peer> {
   const peer = await greeted(server);
   peer.send(`${name}\n`);
   expect(await peer.line()).toStartWith("* The room contains: ");
@@ -210,7 +242,7 @@ async function enter(server: { port: number }, name: string): Promise<Peer> {
 }
 
 /** Several enter, one after the other, and have heard of each other. */
-async function enterAll(server: { port: number }, ...names: string[]): Promise<Peer[]> {
+async function enterAll(server: Address, ...names: string[]): Promise<Peer[]> {
   const room: Peer[] = [];
   for (const name of names) {
     const peer = await enter(server, name);
@@ -220,6 +252,11 @@ async function enterAll(server: { port: number }, ...names: string[]): Promise<P
   return room;
 }
 
+/** Bytes that wait in the server for a client in the room. */
+function queued(server: Server, name: string): number {
+  return server.clients.find((client) => client.name === name)?.queued ?? NaN;
+}
+
 /**
  * Talks until the server holds half a megabyte for a reader who does not read, which is below its
  * limit. Returns all that was said.
@@ -227,8 +264,7 @@ async function enterAll(server: { port: number }, ...names: string[]): Promise<P
 async function fillQueue(server: Server, speaker: Peer, reader: string): Promise<string[]> {
   const said: string[] = [];
   const text = "x".repeat(4000);
-  const queued = () => server.clients.find(({ name }) => name === reader)?.queued ?? 0;
-  while (queued() < 500_000) {
+  while (queued(server, reader) < 500_000) {
     if (said.length > 12_500) throw new Error("the kernel takes more than 50 MB");
     said.push(`${said.length} ${text}`);
     speaker.send(`${said.at(-1)}\n/who\n`);
@@ -238,7 +274,7 @@ async function fillQueue(server: Server, speaker: Peer, reader: string): Promise
 }
 
 /** What a newcomer hears instead of the roster. The connection is closed after it. */
-async function refusal(server: { port: number }, firstLine: string): Promise<string[]> {
+async function refusal(server: Address, firstLine: string): Promise<string[]> {
   const peer = await greeted(server);
   peer.send(`${firstLine}\n`);
   return await peer.rest();
@@ -1007,9 +1043,12 @@ class Program {
   }
 
   /** Waits until the standard output holds something like `pattern`, which it returns. */
-  async until(pattern: RegExp): Promise<RegExpMatchArray> {
+  async until(
+    pattern: RegExp,
+    stream: "output" | "problems" = "output",
+  ): Promise<RegExpMatchArray> {
     for (;;) {
-      const match = this.output.match(pattern);
+      const match = this[stream].match(pattern);
       if (match) return match;
       await new Promise<void>((resolve) => (this.wake = resolve));
     }
@@ -1119,6 +1158,801 @@ describe("bun server.ts", () => {
     const program = new Program("./server.ts", "--version");
     expect(await program.exited).toBe(0);
     expect(program.output).toBe(`bun-chat server ${version}\n`);
+  });
+});
+
+// --- Certificates and what the tests below share -------------------------------------------------
+
+type Certificate = { cert: string; key: string; ca: string }; // two files, and the text of the first
+const folder = mkdtempSync(`${tmpdir()}/bun-chat-`);
+let certificate: Certificate;
+let renewed: Certificate;
+
+/** A certificate, self-signed unless told otherwise, made the way that the README tells. */
+async function makeCertificate(
+  name: string,
+  hosts = "DNS:localhost,IP:127.0.0.1",
+  signedBy: readonly string[] = [],
+): Promise<Certificate> {
+  const [cert, key] = [`${folder}/${name}-cert.pem`, `${folder}/${name}-key.pem`];
+  const made = Bun.spawn({
+    cmd: [
+      ...["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
+      ...["-nodes", "-days", "2", "-subj", `/CN=${name}`, "-keyout", key, "-out", cert],
+      ...["-addext", `subjectAltName=${hosts}`, ...signedBy],
+    ],
+    stderr: "ignore",
+  });
+  expect(await made.exited).toBe(0);
+  return { cert, key, ca: await Bun.file(cert).text() };
+}
+
+beforeAll(async () => {
+  [certificate, renewed] = await Promise.all([makeCertificate("first"), makeCertificate("second")]);
+});
+
+afterAll(() => rmSync(folder, { recursive: true }));
+
+/** A room with TLS, and what its peers need to trust it. */
+function openTls(options: Partial<ServerOptions> = {}): Server & { ca: string } {
+  const tls = { cert: Bun.file(certificate.cert), key: Bun.file(certificate.key) };
+  return Object.assign(open({ tls, ...options }), { ca: certificate.ca });
+}
+
+/** Sends much, as fast as the other side takes it, and waits until all is sent. */
+async function sendAll(peer: Peer, chunk: Uint8Array, times = 1): Promise<void> {
+  for (let time = 0; time < times; time++) {
+    peer.send(chunk);
+    await peer.sent();
+  }
+}
+
+/** What the kernel says about a process, in KiB: VmRSS is its memory now, VmHWM at its highest. */
+function memory(pid: number, field: "VmRSS" | "VmHWM"): number {
+  const status = readFileSync(`/proc/${pid}/status`, "latin1");
+  return Number(status.match(new RegExp(`${field}:\\s+(\\d+) kB`))?.[1] ?? NaN);
+}
+
+/** Numbers from 0 up to a limit, the same on every run (mulberry32). */
+function randomNumbers(seed: number): (limit: number) => number {
+  return (limit) => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(seed ^ (seed >>> 15), seed | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return ((mixed ^ (mixed >>> 14)) >>> 0) % limit;
+  };
+}
+
+async function enterThree(server: Address): Promise<[Peer, Peer, Peer]> {
+  return (await enterAll(server, "alice", "bob", "carol")) as [Peer, Peer, Peer];
+}
+
+const numbered = (name: string, count: number) =>
+  Array.from({ length: count }, (_, number) => `[${name}] line ${number}`);
+
+/** Sees that everything still works for alice, who speaks, and one who listens. */
+async function stillServes(server: Address, alice: Peer, listener: Peer): Promise<void> {
+  alice.send("still there?\n");
+  await listener.until("[alice] still there?");
+  const late = await enter(server, "latecomer");
+  await listener.until("* latecomer has joined the chat");
+  late.socket.end();
+  await listener.until("* latecomer has left the chat");
+}
+
+describe("TLS", () => {
+  test("a chat, a private message, a name that is refused", async () => {
+    const server = openTls();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("hello\n/msg bob psst\n");
+    expect(await bob.lines(2)).toEqual(["[alice] hello", "[alice -> bob] psst"]);
+    expect(await refusal(server, "no name!")).toEqual([NAME_RULE]);
+  });
+
+  test("who speaks plainly to it is cut off at once, and the room goes on", async () => {
+    const server = openTls();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const plain = await Peer.connect({ port: server.port });
+    plain.send("GET / HTTP/1.1\r\n\r\n");
+    await plain.ended.promise;
+    expect(plain.received.toString("latin1")).not.toContain("Welcome");
+    await stillServes(server, alice, bob);
+  });
+
+  test("who speaks TLS to a room without it gets no handshake, but an end", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const eager = await Peer.connect({ port: server.port, ca: certificate.ca });
+    await eager.ended.promise;
+    expect(eager.total).toBe(0);
+    await stillServes(server, alice, bob);
+  });
+
+  test("the 60 s for the name begin before the handshake, for who never shakes hands, too", async () => {
+    jest.useFakeTimers();
+    const server = openTls();
+    const silent = await Peer.connect({ port: server.port });
+    const slow = await greeted(server);
+    jest.advanceTimersByTime(61_000);
+    expect(await slow.rest()).toEqual(["* You gave no name within 60 seconds."]);
+    await silent.ended.promise;
+    expect(silent.total).toBe(0);
+  });
+
+  test("a full room says so after the handshake", async () => {
+    const server = openTls({ maxClients: 1 });
+    await enter(server, "alice");
+    const bob = await Peer.connect(server);
+    expect(await bob.rest()).toEqual(["* The server is full. Try again later."]);
+  });
+
+  test.each([
+    ["-tls1_2", true],
+    ["-tls1_3", true],
+    ["-tls1_1", false],
+  ])("openssl s_client %s -quiet: chats is %p", async (version, chats) => {
+    const server = openTls();
+    const alice = await enter(server, "alice");
+    const command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-quiet"];
+    const client = new Program(...command, "-connect", `127.0.0.1:${server.port}`);
+    if (!chats) {
+      expect(await client.exited).not.toBe(0);
+      expect(client.output).toBe("");
+      return;
+    }
+    await client.until(/Welcome/);
+    client.process.stdin.write("bob\nhello\n");
+    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
+    alice.send("hello bob\n");
+    await client.until(/^\[alice\] hello bob$/m);
+    client.process.kill();
+    expect(await alice.line()).toBe("* bob has left the chat");
+  });
+
+  test("a certificate is read again for newcomers; nobody in the room notices", async () => {
+    const folderCert = `${folder}/current-cert.pem`;
+    const folderKey = `${folder}/current-key.pem`;
+    copyFileSync(certificate.cert, folderCert);
+    copyFileSync(certificate.key, folderKey);
+    const server = await serve("--tls-cert", folderCert, "--tls-key", folderKey);
+    const { port } = server;
+    const [alice, bob] = (await enterAll({ port, ca: certificate.ca }, "alice", "bob")) as Peer[];
+    if (!alice || !bob) throw new Error();
+
+    copyFileSync(renewed.cert, folderCert); // the key is still the old one
+    server.process.kill("SIGHUP");
+    await server.until(/The certificate stays as it was\. The key does not/, "problems");
+    const carol = await enter({ port, ca: certificate.ca }, "carol");
+    expect(await alice.line()).toBe("* carol has joined the chat");
+
+    copyFileSync(renewed.key, folderKey);
+    server.process.kill("SIGHUP");
+    await server.until(/The certificate has been read again/);
+    await enter({ port, ca: renewed.ca }, "dave");
+    const distrustful = await Peer.connect({ port, ca: certificate.ca });
+    await distrustful.ended.promise;
+    expect(distrustful.total).toBe(0);
+    carol.send("all here\n");
+    expect(await alice.lines(2)).toEqual(["* dave has joined the chat", "[carol] all here"]);
+    expect(await bob.until("[carol] all here")).toHaveLength(2);
+  });
+
+  test("start is refused with one clear line, and never without encryption", async () => {
+    const { cert, key } = certificate;
+    const junk = `${folder}/junk.pem`;
+    writeFileSync(junk, "no certificate\n");
+    writeFileSync(`${folder}/empty.pem`, "");
+    const cases: [options: string[], code: number, line: RegExp][] = [
+      [["--tls-cert", cert], 2, /^--tls-cert and --tls-key go together\. See/],
+      [["--tls-key", key], 2, /^--tls-cert and --tls-key go together\. See/],
+      [["--tls-key", ""], 2, /^--tls-cert and --tls-key go together\. See/],
+      [["--tls-cert", "", "--tls-key", ""], 1, /./],
+      [
+        ["--tls-cert", `${folder}/none`, "--tls-key", key],
+        1,
+        /^The file .*\/none cannot be read\./,
+      ],
+      [["--tls-cert", cert, "--tls-key", `${folder}/none`], 1, /^The file .*\/none cannot be read/],
+      [["--tls-cert", cert, "--tls-key", folder], 1, /not in PEM/],
+      [["--tls-cert", cert, "--tls-key", renewed.key], 1, /^The key does not belong to the cert/],
+      [["--tls-cert", junk, "--tls-key", key], 1, /^The certificate or the key is not in PEM/],
+      [["--tls-cert", cert, "--tls-key", cert], 1, /^The certificate or the key is not in PEM/],
+      [["--tls-cert", cert, "--tls-key", `${folder}/empty.pem`], 2, /empty file/],
+    ];
+    await Promise.all(
+      cases.map(async ([options, code, line]) => {
+        const program = new Program(process.execPath, "server.ts", "--port", "0", ...options);
+        expect([options, await program.exited]).toEqual([options, code]);
+        expect(program.problems).toMatch(line);
+        expect(program.problems.trimEnd().split("\n")).toHaveLength(1);
+        expect(program.output).toBe("");
+      }),
+    );
+  });
+
+  test("20,000 lines at once, in order", async () => {
+    const [alice, bob] = (await enterAll(openTls(), "alice", "bob")) as [Peer, Peer];
+    const text = Array.from({ length: 20_000 }, (_, number) => `line ${number}\n`).join("");
+    alice.send(text);
+    expect(await bob.lines(20_000)).toEqual(numbered("alice", 20_000));
+  });
+
+  test("a slow reader that comes back in time has lost nothing", async () => {
+    const server = openTls();
+    const [alice, bob, carol] = await enterThree(server);
+    const said = await lagBehind(server, [alice, bob, carol], 500_000);
+    carol.socket.resume();
+    alice.send("done\n");
+    expect(await carol.until("[alice] done")).toEqual(said);
+  });
+
+  test("a reader that never reads is dropped, and the others lose nothing", async () => {
+    const server = openTls();
+    const [alice, bob, carol] = await enterThree(server);
+    await lagBehind(server, [alice, bob, carol], 1_000_000);
+    const text = "x".repeat(4000);
+    for (let number = 0; number < 40; number++) alice.send(`${number} ${text}\n`);
+    alice.send("done\n");
+    const heard = await bob.until("[alice] done");
+    if (!heard.includes("* carol has left the chat (too slow)"))
+      expect(await bob.line()).toBe("* carol has left the chat (too slow)");
+    expect(heard.filter((line) => line.startsWith("[alice] "))).toEqual(
+      Array.from({ length: 40 }, (_, number) => `[alice] ${number} ${text}`),
+    );
+    expect(server.clients.map((client) => client.name).toSorted()).toEqual(["alice", "bob"]);
+  });
+
+  test("who half-closes still gets what is queued, to the last byte", async () => {
+    const server = openTls();
+    const [alice, bob, carol] = await enterThree(server);
+    const said = await lagBehind(server, [alice, bob, carol], 300_000);
+    carol.socket.shutdown();
+    carol.socket.resume();
+    expect(await carol.rest()).toEqual(said);
+    expect(await alice.line()).toBe("* carol has left the chat");
+  });
+
+  test("joining, speaking and leaving in one packet", async () => {
+    const server = openTls();
+    const alice = await enter(server, "alice");
+    const bob = await greeted(server);
+    bob.send("bob\nhi\n");
+    bob.socket.shutdown();
+    expect(await bob.rest()).toEqual(["* The room contains: alice"]);
+    expect(await alice.lines(3)).toEqual([
+      "* bob has joined the chat",
+      "[bob] hi",
+      "* bob has left the chat",
+    ]);
+  });
+
+  test("who pastes and half-closes is heard to the last line, and leaves then", async () => {
+    jest.useFakeTimers();
+    const server = openTls({ rate: 10 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const text = Array.from({ length: 120 }, (_, number) => `line ${number}\n`).join("");
+    alice.send(text + "half");
+    alice.socket.shutdown(); // its notice arrives with the lines, although they are held back
+    expect(await bob.lines(99)).toEqual(numbered("alice", 99));
+    bob.send("/who\n");
+    expect(await bob.line()).toBe("* The room contains: alice, bob");
+    for (let tick = 0; tick < 30; tick++) jest.advanceTimersByTime(100);
+    const lines = await bob.lines(22);
+    expect(lines).toEqual([...numbered("alice", 120).slice(99), "* alice has left the chat"]);
+    expect(await alice.rest()).toEqual([]);
+  });
+
+  test("shutdown under load: what was sent before arrives, everywhere and complete", async () => {
+    const server = openTls();
+    const names = Array.from({ length: 30 }, (_, number) => `user${number}`);
+    const crowd = await enterAll(server, ...names);
+    const text = Array.from({ length: 100 }, (_, number) => `line ${number}\n`).join("");
+    for (const peer of crowd) peer.send(text);
+    const stopped = server.stop();
+    const heard = await Promise.all(crowd.map((peer) => peer.rest()));
+    for (const lines of heard) {
+      expect(lines).toHaveLength(29 * 100 + 1);
+      expect(lines.at(-1)).toBe("* The server is shutting down");
+    }
+    for (const peer of crowd) peer.socket.end();
+    await stopped;
+  });
+});
+
+/**
+ * The third of three stops reading, and the first talks until the server keeps `least` bytes for the
+ * third. The second has heard all. Returns the lines that wait for the third.
+ */
+async function lagBehind(
+  server: Server,
+  [alice, bob, carol]: [Peer, Peer, Peer],
+  least: number,
+): Promise<string[]> {
+  carol.socket.pause();
+  const said: string[] = [];
+  while (queued(server, "carol") < least) {
+    const text = `${said.length} ${"q".repeat(4000)}`;
+    alice.send(`${text}\n`);
+    said.push(`[alice] ${text}`);
+    expect(await bob.line()).toBe(said.at(-1) ?? "");
+  }
+  return said;
+}
+
+describe.each([
+  ["without TLS", open],
+  ["with TLS", openTls],
+])("at shutdown, %s", (_, open) => {
+  test("a queue just below its limit is sent to its end", async () => {
+    const server: Server & { ca?: string } = open();
+    const [alice, bob, carol] = await enterThree(server);
+    const said = await lagBehind(server, [alice, bob, carol], 1024 * 1024 - 4100);
+    // Now to the very byte: the notice of the shutdown does not fit any more.
+    const room = 1024 * 1024 - queued(server, "carol") - "[alice] \n".length;
+    alice.send(`${"z".repeat(room)}\n`);
+    said.push((await bob.line()) ?? "");
+    expect(queued(server, "carol")).toBe(1024 * 1024);
+    const stopped = server.stop();
+    expect(await bob.rest()).toEqual(["* The server is shutting down"]);
+    carol.socket.resume();
+    const lines = await carol.rest();
+    expect(lines).toHaveLength(said.length + 1);
+    expect(lines).toEqual([...said, "* The server is shutting down"]);
+    for (const peer of [alice, bob, carol]) peer.socket.end();
+    await stopped;
+  });
+
+  test("a flood that is held back does not hold it up", async () => {
+    const server: Server & { ca?: string } = open({ rate: 1 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("flood\n".repeat(100_000));
+    await bob.lines(9);
+    const stopped = server.stop();
+    expect(await bob.rest()).toEqual(["* The server is shutting down"]);
+    expect((await alice.rest()).at(-2)).toMatch(
+      /^\* Your last \d+ lines came too late to be sent\.$/,
+    );
+    for (const peer of [alice, bob]) peer.socket.terminate();
+    await stopped;
+  });
+});
+
+describe("bad input", () => {
+  test("random bytes before and after joining from 500 connections, half of them reset", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const random = randomNumbers(1);
+    const junk = (size: number) => Buffer.from(Array.from({ length: size }, () => random(256)));
+    const strangers = await Promise.all(Array.from({ length: 500 }, () => Peer.connect(server)));
+    for (const [number, stranger] of strangers.entries()) {
+      if (number % 4 < 2) stranger.send(`stranger${number}\n`);
+      stranger.send(junk(random(3000)));
+      if (number % 10 === 0) alice.send(`line ${number / 10}\n`);
+      if (number % 2 === 0) stranger.socket.terminate();
+      else stranger.socket.shutdown();
+    }
+    alice.send("done\n");
+    const heard = await bob.until("[alice] done");
+    expect(heard.filter((line) => line.startsWith("[alice] "))).toEqual(numbered("alice", 50));
+    await Promise.all(strangers.map((stranger) => stranger.ended.promise));
+    for (const stranger of strangers) stranger.socket.terminate();
+    for (const name of ["stranger0", "stranger1", "stranger497"]) await enter(server, name);
+    await stillServes(server, alice, bob);
+  });
+
+  test("any split of any bytes gives the lines that a simple reader gives", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const random = randomNumbers(2);
+    for (let round = 0; round < 40; round++) {
+      const heard: string[] = [];
+      const pieces = Array.from({ length: 8 }, () => [
+        Buffer.from(Array.from({ length: random(30) }, () => random(256))),
+        Buffer.from(["é", "漢", "👍", "\u202e", " ", "\r", "\r\n", "\n\n", "\t"][random(9)] ?? ""),
+        Buffer.from("x".repeat(random(12) === 0 ? 4080 + random(30) : 0)),
+        Buffer.from(["\n", "\r\n", "", "\n\ufeff"][random(4)] ?? ""),
+      ]).flat();
+      // Commands are another matter. The last line is whole, and marks the end of the round.
+      const bytes = Buffer.concat([...pieces, Buffer.from(`\nend ${round}\n`)]);
+      for (const [at, byte] of bytes.entries()) if (byte === 0x2f) bytes[at] = 0x2e;
+      for (let at = 0; at < bytes.length;) {
+        const size = 1 + random(random(4) === 0 ? 5 : 2000);
+        alice.send(bytes.subarray(at, (at += size)));
+        // A round trip between two pieces, so that they come in packets of their own.
+        bob.send("/nick bob\n");
+        heard.push(...(await bob.until("* You are called bob already.")));
+      }
+      while (heard.at(-1) !== `[alice] end ${round}`) heard.push((await bob.line()) ?? "");
+      expect(heard).toEqual(reference(bytes));
+    }
+  });
+
+  /** The lines that others see of one named alice: split, decode, clean. */
+  function reference(bytes: Buffer): string[] {
+    const lines: string[] = [];
+    let line: number[] = [];
+    for (const byte of bytes) {
+      if (byte !== 10) {
+        line.push(byte);
+        continue;
+      }
+      if (line.at(-1) === 13) line.pop();
+      const text = [...new TextDecoder("utf-8", { ignoreBOM: true }).decode(new Uint8Array(line))]
+        .filter(
+          (character) =>
+            !/[\p{Cc}\u2028-\u202e\u2066-\u2069]/u.test(character) || character === "\t",
+        )
+        .join("");
+      if (line.length <= 4096 && text.trim() !== "") lines.push(`[alice] ${text}`);
+      line = [];
+    }
+    return lines;
+  }
+
+  test("200 MB without a newline take no memory, and the line after them is heard", async () => {
+    const server = await serve("--rate", "0", "--quiet");
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const megabyte = Buffer.alloc(1_000_000, "x");
+    // Each read has a buffer of half a megabyte, of which Bun lets some gather before it frees them:
+    // the first 200 MB show how many, the next must do with the same.
+    await sendAll(alice, megabyte, 200);
+    const before = memory(server.process.pid, "VmHWM");
+    await sendAll(alice, megabyte, 200);
+    alice.send("\nshort\n");
+    expect(await bob.line()).toBe("[alice] short");
+    expect(memory(server.process.pid, "VmHWM") - before).toBeLessThan(16 * 1024);
+    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
+  });
+
+  test.each(["аlice", "Αlice", "Вob", "aλ", "яλ", "bob7я"])(
+    "the name %s mixes alphabets that look alike, and is refused",
+    async (name) => {
+      const server = open();
+      const alice = await enter(server, "alice");
+      expect(await refusal(server, name)).toEqual([
+        "* A name does not mix Latin, Greek and Cyrillic letters.",
+      ]);
+      alice.send(`/nick ${name}\n`);
+      expect(await alice.line()).toBe("* A name does not mix Latin, Greek and Cyrillic letters.");
+    },
+  );
+
+  test.each(["Алиса7", "Ελένη", "小明Bob", "たろうTaro", "אליס"])(
+    "the name %s does not, and is welcome",
+    async (name) => {
+      const server = open();
+      await enter(server, name);
+      expect(server.clients.map((client) => client.name)).toEqual([name.normalize("NFKC")]);
+    },
+  );
+
+  test("a name sent twice is a message the second time", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    const bob = await greeted(server);
+    bob.send("bob\nbob\n");
+    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] bob"]);
+  });
+
+  test("nothing that a client sends can break or colour a line of the log", async () => {
+    const log: string[] = [];
+    const server = open({ log: (event) => log.push(event) });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const forged = "2026-01-01 00:00:00 Removing user: bob from clients";
+    await refusal(server, `mallory\r${forged}`);
+    alice.send(`hi\r${forged}\n\u001b[31mred\u2028${forged}\u0085${forged}\n/nick a\rb\nbye\n`);
+    await bob.until("[ab] bye");
+    expect(log.filter((event) => /[^\P{C}\t]|[\u2028\u2029]/u.test(event))).toEqual([]);
+    expect(log.filter((event) => event.startsWith(forged))).toEqual([]);
+    expect(log.slice(-4)).toEqual([
+      `Received message from alice: hi${forged}`,
+      `Received message from alice: [31mred${forged}${forged}`,
+      "User alice is now called ab.",
+      "Received message from ab: bye",
+    ]);
+  });
+});
+
+describe("faults", () => {
+  test("a reader that stops again and again, and reads a part each time, loses nothing", async () => {
+    const server = open();
+    const [alice, bob, carol] = await enterThree(server);
+    const said: string[] = [];
+    const heard: (string | null)[] = [];
+    for (let round = 0; round < 5; round++) {
+      said.push(...(await lagBehind(server, [alice, bob, carol], 600_000)));
+      carol.socket.resume();
+      while (heard.length < said.length - 200) heard.push(await carol.line());
+    }
+    while (heard.length < said.length) heard.push(await carol.line());
+    expect(heard).toEqual(said);
+    expect(server.clients).toHaveLength(3);
+  });
+
+  test("2,000 silent connections hold up nobody, and are gone after 60 s", async () => {
+    jest.useFakeTimers();
+    const server = open({ maxClients: 2_002 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const silent: Peer[] = [];
+    // Not all at once: the kernel lets no more than 512 wait to be accepted.
+    while (silent.length < 2_000)
+      silent.push(...(await Promise.all(Array.from({ length: 200 }, () => greeted(server)))));
+    const carol = await Peer.connect(server);
+    expect(await carol.rest()).toEqual(["* The server is full. Try again later."]);
+    carol.socket.terminate();
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    jest.advanceTimersByTime(61_000);
+    for (const peer of silent) {
+      expect(await peer.rest()).toEqual(["* You gave no name within 60 seconds."]);
+      peer.socket.end();
+    }
+    await Promise.all(silent.map((peer) => peer.closed.promise));
+    await stillServes(server, alice, bob);
+  });
+
+  test("3,000 connections that come and go leave nothing behind", async () => {
+    // Were one forgotten, there would soon be no place for the next: 60 come at a time.
+    const server = await serve("--max-clients", "62", "--max-per-address", "62", "--quiet");
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const comeAndGo = async (place: number) => {
+      const peer = await greeted(server);
+      if (place % 3 > 0) peer.send(`guest${place}\n`);
+      if (place % 3 > 0) await peer.line();
+      if (place % 2 > 0) peer.socket.terminate();
+      else peer.send(place % 3 > 0 ? "/quit\n" : "\n");
+      await peer.ended.promise;
+      peer.socket.terminate();
+      peers.delete(peer);
+    };
+    const wave = async (waves: number) => {
+      for (let number = 0; number < waves; number++) {
+        await Promise.all(Array.from({ length: 60 }, (_, place) => comeAndGo(place)));
+        alice.send(`wave ${number}\n`);
+        const heard = await bob.until(`[alice] wave ${number}`);
+        expect(heard.filter((line) => line.endsWith(" has joined the chat"))).toHaveLength(40);
+        let left = heard.filter((line) => line.endsWith(" has left the chat")).length;
+        while (left < 40) if ((await bob.line())?.endsWith(" has left the chat")) left++;
+      }
+    };
+    await wave(20);
+    const before = memory(server.process.pid, "VmRSS");
+    await wave(30);
+    expect(memory(server.process.pid, "VmRSS") - before).toBeLessThan(8 * 1024);
+    await stillServes(server, alice, bob);
+  });
+
+  test("without enough file descriptors it serves fewer, says so, and never runs out", async () => {
+    const command = `ulimit -n 128; exec ${process.execPath} server.ts --port 0`;
+    const server = await running(new Program("bash", "-c", command));
+    await server.until(/At most 64 clients: more would need more open files \(ulimit -n\)\./);
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const crowd = await Promise.all(Array.from({ length: 300 }, () => Peer.connect(server)));
+    const first = await Promise.all(crowd.map((peer) => peer.line()));
+    expect(first.filter((line) => line === WELCOME)).toHaveLength(62);
+    const told = first.filter((line) => line === "* The server is full. Try again later.");
+    expect(told.length).toBeGreaterThanOrEqual(30);
+    // With none left the server would spin: `accept` fails, and the connection stays.
+    expect(readdirSync(`/proc/${server.process.pid}/fd`).length).toBeLessThan(128);
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    for (const peer of crowd) peer.socket.terminate();
+    let late = await Peer.connect(server);
+    while ((await late.line()) !== WELCOME) late = await Peer.connect(server);
+    late.socket.terminate();
+    await stillServes(server, alice, bob);
+  });
+
+  test.each([
+    ["open", "New connection", null],
+    ["data, while joining", "User mallory has joined", null],
+    ["data, while speaking", "Received message", null],
+    ["end", "Removing user", "shutdown"],
+    ["close", "Removing user", "terminate"],
+  ] as const)("an exception in %s is reported and costs that connection only", async (...row) => {
+    const [, event, leave] = row;
+    const reported = Promise.withResolvers<string>();
+    let armed = false;
+    const server = open({
+      log: (line) => {
+        if (!armed || !line.startsWith(event)) return;
+        armed = false;
+        throw new Error("on purpose");
+      },
+      logError: reported.resolve,
+    });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    armed = true;
+    const mallory = await Peer.connect(server);
+    mallory.send("mallory\nhi\n");
+    if (leave) {
+      await bob.until("[mallory] hi");
+      mallory.socket[leave]();
+    }
+    expect(await reported.promise).toContain("on purpose");
+    await mallory.ended.promise;
+    await stillServes(server, alice, bob);
+    expect(server.clients.map((client) => client.name).toSorted()).toEqual(["alice", "bob"]);
+  });
+
+  test.each(["handshake", "drain"])("and so does one in %s", async (handler) => {
+    const problems: string[] = [];
+    const server = openTls({ logError: (problem) => problems.push(problem) });
+    const [alice, bob, carol] = await enterThree(server);
+    if (handler === "drain") await lagBehind(server, [alice, bob, carol], 1);
+    // What both handlers do is to write; here the next write of the server fails.
+    const sockets = Object.getPrototypeOf(alice.socket) as Socket<unknown>;
+    const { write } = sockets;
+    sockets.write = function (this: Socket<unknown>, ...bytes: [Uint8Array]) {
+      if (this.data instanceof Peer) return write.apply(this, bytes);
+      sockets.write = write;
+      throw new Error("on purpose");
+    } as typeof write;
+    const victim = handler === "drain" ? carol : await Peer.connect(server);
+    victim.socket.resume();
+    await victim.closed.promise;
+    expect(problems).toHaveLength(1);
+    expect(problems[0]).toContain("on purpose");
+    if (handler === "drain") expect(await bob.line()).toBe("* carol has left the chat");
+    await stillServes(server, alice, bob);
+  });
+
+  test("standard output that is closed stops nothing", async () => {
+    const server = await running(
+      new Program(
+        "bash",
+        "-c",
+        `exec ${process.execPath} server.ts --port 0 --rate 0 > >(head -n 1)`,
+      ),
+    );
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(Array.from({ length: 5_000 }, (_, number) => `line ${number}\n`).join(""));
+    expect(await bob.lines(5_000)).toEqual(numbered("alice", 5_000));
+    await stillServes(server, alice, bob);
+    server.process.kill("SIGTERM");
+    expect(await alice.until("* The server is shutting down")).toBeArray();
+    for (const peer of [alice, bob]) peer.socket.end();
+    expect(await server.exited).toBe(0);
+    expect(server.problems).toBe("");
+  });
+
+  test("standard output that nobody reads stops nothing, takes little memory, and is told", async () => {
+    // The reader takes the first line, and the rest after a line on its own input.
+    const reader = "(head -n 1; read -r -u 3; exec cat)";
+    const server = await running(
+      new Program(
+        "bash",
+        "-c",
+        `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
+      ),
+    );
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const text = `${"t".repeat(4000)}\n`.repeat(25);
+    const talk = async (times: number) => {
+      for (let time = 0; time < times; time++) {
+        alice.send(text);
+        await bob.lines(25);
+      }
+    };
+    await talk(50);
+    const before = memory(server.process.pid, "VmRSS");
+    await talk(500);
+    expect(memory(server.process.pid, "VmRSS") - before).toBeLessThan(24 * 1024);
+    server.process.stdin.write("\n");
+    alice.send("again\n");
+    await bob.line();
+    // Only what is said after the reader has caught up is printed, so it is said until it is seen.
+    while (!/\(\d+ lines are missing here: nobody read them\)/.test(server.output)) {
+      alice.send("and again\n");
+      await bob.line();
+    }
+    server.process.stdin.end();
+    await stillServes(server, alice, bob);
+  });
+
+  test("SIGTERM with nobody reading its output ends it all the same", async () => {
+    const reader = "(head -n 1; read -r -u 3)";
+    const server = await running(
+      new Program(
+        "bash",
+        "-c",
+        `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
+      ),
+    );
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(`${"t".repeat(4000)}\n`.repeat(1_000));
+    await bob.lines(1_000);
+    server.process.kill("SIGTERM");
+    for (const peer of [alice, bob]) {
+      await peer.rest();
+      peer.socket.end();
+    }
+    expect(await server.process.exited).toBe(0);
+    server.process.stdin.end();
+  });
+
+  test("SIGTERM with 1,000 clients: all that was sent before arrives, and the exit code is 0", async () => {
+    const server = await serve("--rate", "0", "--quiet");
+    const names = Array.from({ length: 1_000 }, (_, number) => `user${number}`);
+    const crowd = await Promise.all(names.map((name) => enter(server, name)));
+    const all = await enter(server, "last");
+    for (const peer of crowd) await peer.until("* last has joined the chat");
+    for (const peer of crowd.slice(0, 50)) peer.send(numbered("", 5).join("\n") + "\n");
+    server.process.kill("SIGTERM");
+    const heard = await Promise.all(crowd.map((peer) => peer.rest()));
+    expect(await all.rest()).toHaveLength(251);
+    for (const [place, lines] of heard.entries()) {
+      expect(lines).toHaveLength((place < 50 ? 245 : 250) + 1);
+      expect(lines.at(-1)).toBe("* The server is shutting down");
+    }
+    for (const peer of [...crowd, all]) peer.socket.end();
+    expect(await server.exited).toBe(0);
+  });
+
+  test("SIGKILL, and a new start on the same port at once", async () => {
+    const first = await serve();
+    const alice = await enter(first, "alice");
+    first.process.kill("SIGKILL");
+    await alice.ended.promise;
+    await first.exited;
+    const second = await serve("--port", `${first.port}`);
+    expect(second.port).toBe(first.port);
+    await enter(second, "alice");
+  });
+});
+
+/** Waits until a server that was started by other means listens. */
+async function running(program: Program): Promise<Program & { port: number }> {
+  const [, port] = await program.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
+  return Object.assign(program, { port: Number(port) });
+}
+
+describe("connections from one address", () => {
+  const REFUSAL = "* Too many connections from your address.";
+
+  test("are limited; a refused one is told, and a place that becomes free is taken", async () => {
+    const server = open({ maxPerAddress: 2 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    const carol = await Peer.connect(server);
+    carol.send("carol\n");
+    expect(await carol.rest()).toEqual([REFUSAL]);
+    carol.socket.end();
+    await carol.closed.promise;
+    bob.socket.end();
+    expect(await alice.line()).toBe("* bob has left the chat");
+    await enter(server, "dave");
+    expect(await alice.line()).toBe("* dave has joined the chat");
+  });
+
+  test("cannot take every place by being refused: from twice the limit on they are only closed", async () => {
+    const server = open({ maxPerAddress: 2 });
+    await enterAll(server, "alice", "bob");
+    const refused = [await Peer.connect(server), await Peer.connect(server)];
+    for (const peer of refused) expect(await peer.line()).toBe(REFUSAL);
+    const more = await Promise.all(Array.from({ length: 20 }, () => Peer.connect(server)));
+    for (const peer of more) expect(await peer.rest()).toEqual([]);
+  });
+
+  test.each([
+    ["0.0.0.0", 64],
+    ["127.0.0.1", 70],
+    ["localhost", 70],
+  ])("a server on %s takes %d of 70 if nothing is said", async (host, count) => {
+    const server = open({ host });
+    const crowd = await Promise.all(Array.from({ length: 70 }, () => Peer.connect(server)));
+    const first = await Promise.all(crowd.map((peer) => peer.line()));
+    expect(first.filter((line) => line === WELCOME)).toHaveLength(count);
+    expect(first.filter((line) => line === REFUSAL)).toHaveLength(70 - count);
+  });
+
+  test("--max-per-address sets the limit, on loopback, too", async () => {
+    const server = await serve("--max-per-address", "1");
+    await enter(server, "alice");
+    const bob = await Peer.connect(server);
+    expect(await bob.rest()).toEqual([REFUSAL]);
+    const wrong = new Program(process.execPath, "server.ts", "--max-per-address", "0");
+    expect(await wrong.exited).toBe(2);
+    expect(wrong.problems).toMatch(/^--max-per-address takes a number from 1/);
   });
 });
 
@@ -2221,6 +3055,98 @@ describe("client and server", () => {
   });
 });
 
+describe("the client under TLS", () => {
+  const openssl = async (...args: string[]) =>
+    expect(await Bun.spawn(["openssl", ...args], { stderr: "ignore" }).exited).toBe(0);
+
+  test("people talk in terminals, with the certificate of the server for --ca", async () => {
+    const server = openTls();
+    const bob = await enter(server, "bob");
+    const alex = terminal(server.port, ["--ca", certificate.cert, "--name", "Alex"]);
+    await alex.until("* The room contains: bob");
+    alex.type("hello\r");
+    expect(await bob.lines(2)).toEqual(["* Alex has joined the chat", "[Alex] hello"]);
+    bob.send("hi\n");
+    await alex.until("[bob] hi");
+    alex.type("\x04");
+    expect(await alex.exited).toBe(0);
+    expect(await bob.line()).toBe("* Alex has left the chat");
+  });
+
+  test("50,000 lines from a pipe arrive complete and in order", async () => {
+    const server = openTls();
+    const bob = await enter(server, "bob");
+    const writer = piped(server.port, ["--ca", certificate.cert, "--name", "writer"]);
+    writer.write(Array.from({ length: 50_000 }, (_, number) => `line ${number}\n`).join(""));
+    void writer.child.stdin.end();
+    const [first, ...lines] = await bob.until("* writer has left the chat");
+    expect(first).toBe("* writer has joined the chat");
+    expect(lines).toEqual(numbered("writer", 50_000));
+    expect(await writer.result).toMatchObject({ err: "", code: 0 });
+  });
+
+  test("a certificate that proves nothing is one line with the reason, and nothing was sent", async () => {
+    const path = (name: string) => `${folder}/${name}-cert.pem`;
+    const elsewhere = await makeCertificate("elsewhere", "DNS:example.org");
+    const signed = await makeCertificate("signed", "IP:127.0.0.1", [
+      ...["-CA", certificate.cert, "-CAkey", certificate.key],
+    ]);
+    const signing = ["x509", "-in", certificate.cert, "-signkey", certificate.key];
+    await openssl(...signing, "-days", "-1", "-out", path("expired"));
+    const expired = { ...certificate, cert: path("expired") };
+    for (const [shown, trust, reason] of [
+      [certificate, ["--tls"], "Its certificate is self-signed: "],
+      [expired, ["--ca", expired.cert], "Its certificate has expired: "],
+      [elsewhere, ["--ca", elsewhere.cert], "Its certificate is for a wrong host: "],
+      [signed, ["--tls"], "Its certificate is of an unknown authority: "],
+    ] as const) {
+      const heard: string[] = [];
+      const server = Bun.listen({
+        hostname: "127.0.0.1",
+        port: 0,
+        tls: { cert: Bun.file(shown.cert), key: Bun.file(shown.key) },
+        socket: { data: (_, chunk) => void heard.push(chunk.toString()) },
+      });
+      cleanups.push(() => server.stop(true));
+      const client = piped(server.port, [...trust, "--name", "Alex"]);
+      client.write("a secret\n");
+      const { out, err, code } = await client.result;
+      expect(err).toStartWith(`Could not connect to 127.0.0.1:${server.port}. ${reason}`);
+      expect(err.trimEnd().split("\n")).toHaveLength(1);
+      expect([out, code, heard]).toEqual(["", 1, []]);
+    }
+  });
+
+  test("a file for --ca that is none, or holds no certificate, is refused", async () => {
+    for (const [file, code, line] of [
+      [`${folder}/none`, 1, `${folder}/none cannot be read.\n`],
+      [certificate.key, 2, `${certificate.key} holds no PEM certificate. Try --help.\n`],
+    ] as const) {
+      const { out, err, code: exitCode } = await piped(1, ["--ca", file, "--name", "Alex"]).result;
+      expect([out, err, exitCode]).toEqual(["", line, code]);
+    }
+  });
+
+  test("TLS to a server without it, and the other way round, is said", async () => {
+    const plain = open();
+    const { err, code } = await piped(plain.port, ["--tls", "--name", "Alex"]).result;
+    expect(err).toEndWith("It does not speak TLS: leave --tls away.\n");
+    expect(code).toBe(1);
+    const pace = { silence: 50, retry: 1, doubt: 50 };
+    const screen = {
+      person: false,
+      show: () => true,
+      notice: () => {},
+      ask: () => Promise.resolve(undefined),
+      close() {},
+    };
+    const encrypted = { host: "127.0.0.1", port: openTls().port, tls: false };
+    await expect(receiveMessages(encrypted, screen, pace).join()).rejects.toThrow(
+      "It says nothing. Try --tls.",
+    );
+  });
+});
+
 // --- In a process of straw ---------------------------------------------------------------------
 
 describe("main in this process", () => {
@@ -2229,6 +3155,7 @@ describe("main in this process", () => {
 
   beforeEach(() => {
     useStraw();
+    straw.running = true;
     problems = spyOn(console, "error").mockImplementation(() => {});
     straw.shown = "";
     straw.exitCode = 0;
@@ -2237,6 +3164,7 @@ describe("main in this process", () => {
 
   afterEach(() => {
     real.argv = argv;
+    straw.running = false;
     useReal();
     problems.mockRestore();
   });

@@ -72,7 +72,6 @@ class Client {
   cuts: { from: number; to: number; instead: string }[] | null = null;
   queue: Uint8Array[] = []; // what the kernel did not take: views on batches, shared with others
   queued = 0; // bytes in the queue
-
   constructor(readonly socket: Socket<Client>) {}
 }
 
@@ -87,7 +86,6 @@ class Room {
   restUntil = 0; // ms; no flush before then
   roster: string | null = null; // the line with all names; null while it is out of date
   received = 0; // chunks since the start, so that a stopping server sees whether more is coming
-
   constructor(readonly options: ServerOptions) {}
 }
 
@@ -98,16 +96,15 @@ export function handleClient(room: Room, socket: Socket<Client>): void {
   const { maxClients, maxPerAddress = Infinity, tls, log } = room.options;
   const client = (socket.data = new Client(socket));
   client.address = socket.remoteAddress; // gone when it is closed
-  const others = room.connections.size;
-  const siblings = room.addresses.get(client.address) ?? 0;
-  room.connections.add(client);
-  room.addresses.set(client.address, siblings + 1);
-  if (others >= maxClients) client.refusal = "* The server is full. Try again later.";
-  else if (siblings >= maxPerAddress) client.refusal = "* Too many connections from your address.";
+  const total = room.connections.add(client).size;
+  const siblings = (room.addresses.get(client.address) ?? 0) + 1; // this one among them
+  room.addresses.set(client.address, siblings);
+  if (total > maxClients) client.refusal = "* The server is full. Try again later.";
+  else if (siblings > maxPerAddress) client.refusal = "* Too many connections from your address.";
   else log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
   socket.setKeepAlive(true, KEEPALIVE);
   // The refused must not take the places of others, even if then the last ones miss the reason.
-  if (others >= maxClients + SPARE_SOCKETS / 2 || siblings >= 2 * maxPerAddress) socket.end();
+  if (total > maxClients + SPARE_SOCKETS / 2 || siblings > 2 * maxPerAddress) socket.end();
   else if (!tls) greet(room, client);
 }
 
@@ -202,10 +199,11 @@ function sweep(room: Room): void {
 
 // --- The way of a message ----------------------------------------------------------------------
 
-/** Bytes have come. They are lines only as far as they end in a newline. */
-function receive(room: Room, client: Client, chunk: Buffer): void {
+/** Bytes have come, which are lines as far as they end in a newline; or, without any, the FIN. */
+function receive(room: Room, client: Client, chunk?: Buffer): void {
   room.received++;
-  client.unread = client.unread.length > 0 ? Buffer.concat([client.unread, chunk]) : chunk;
+  if (!chunk) client.finished = true;
+  else client.unread = client.unread.length > 0 ? Buffer.concat([client.unread, chunk]) : chunk;
   if (!client.heldBack) readLines(room, client);
 }
 
@@ -318,8 +316,7 @@ function flush(room: Room, limit = MAX_QUEUE): void {
     removeClient(room, client, " (too slow)");
     client.socket.terminate();
   }
-  const took = performance.now() - started;
-  room.restUntil = started + took + Math.min(took, MAX_REST);
+  room.restUntil = performance.now() + Math.min(performance.now() - started, MAX_REST);
 }
 
 /** Hands bytes to the kernel. What it does not take waits in the client's queue for `drain`. */
@@ -409,10 +406,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     data: (socket, chunk) => receive(room, socket.data, chunk),
     drain: (socket) => drain(socket.data),
     // Who has sent a FIN may still read (`echo hi | nc -N`), and have lines that are held back.
-    end: (socket) => {
-      socket.data.finished = true;
-      receive(room, socket.data, NOTHING);
-    },
+    end: (socket) => receive(room, socket.data),
     close: (socket) => closed(room, socket.data),
     error: (socket, error) => {
       logError?.(error.stack ?? String(error));
@@ -493,7 +487,8 @@ export function main(): void {
     // The second signal ends the process at once, as it does where nobody listens to it.
     process.removeAllListeners("SIGINT").removeAllListeners("SIGTERM");
     print("Server is shutting down");
-    void server.stop();
+    // Output that nobody reads may hold up the end, but not for ever.
+    void server.stop().then(() => setTimeout(process.exit, STOP_DEADLINE, 0).unref());
   };
   process.on("SIGINT", shutDown).on("SIGTERM", shutDown);
   if (!options.tls) return;
@@ -528,8 +523,7 @@ function readOptions() {
     process.exit(0);
   }
   const number = (name: string, text: string, least: number, most: number) => {
-    const number = /^\d+$/.test(text) ? Number(text) : NaN;
-    if (number >= least && number <= most) return number;
+    if (/^\d+$/.test(text) && +text >= least && +text <= most) return +text;
     throw new TypeError(`--${name} takes a number from ${least} to ${most}, not "${text}"`);
   };
   const { "max-per-address": perAddress, "tls-cert": cert, "tls-key": key } = values;
@@ -555,7 +549,7 @@ const PROBLEMS: readonly [code: RegExp, advice: string][] = [
   [/^ERR_OSSL_|^EISDIR$/, "The certificate or the key is not in PEM, or the key needs a password."],
 ];
 
-/** What to tell a person about an error of `readOptions` (at more length) or `startServer`. */
+/** What to tell a person: a TypeError comes from the options, all others from the start. */
 function explain(error: unknown): string {
   const { code, path, message } = error as NodeJS.ErrnoException;
   if (error instanceof TypeError) return `${message.split(/\.\s/)[0]}. See bun server.ts --help.`;
@@ -565,16 +559,23 @@ function explain(error: unknown): string {
 
 /** Prints lines with the local time, all of a turn at once. What nobody reads is only counted. */
 function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
-  const turn: string[] = [];
+  let turn = "";
+  let waiting = 0; // characters that nobody has read, which Bun does not tell in `writableLength`
   let lost = 0;
+  const write = () => {
+    const { length } = turn;
+    waiting += length;
+    stream.write(turn, () => (waiting -= length));
+    turn = "";
+  };
   stream.on("error", () => {});
   return (line) => {
-    if (stream.writableLength > MAX_QUEUE) return void lost++;
-    if (turn.length === 0) setImmediate(() => stream.write(turn.splice(0).join("")));
+    if (waiting + turn.length > MAX_QUEUE) return void lost++;
+    if (turn === "") setImmediate(write);
     const time = new Date().toLocaleString("sv"); // Swedish writes 2026-12-31 23:59:59
-    if (lost > 0) turn.push(`${time} (${lost} lines are missing here: nobody read them)\n`);
+    if (lost > 0) turn += `${time} (${lost} lines are missing here: nobody read them)\n`;
+    turn += `${time} ${line}\n`;
     lost = 0;
-    turn.push(`${time} ${line}\n`);
   };
 }
 
