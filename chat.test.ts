@@ -16,7 +16,7 @@ import {
   spyOn,
   test,
 } from "bun:test";
-import { EventEmitter } from "node:events";
+import { EventEmitter, once } from "node:events";
 import {
   copyFileSync,
   mkdtempSync,
@@ -3279,6 +3279,20 @@ describe("main in this process", () => {
     straw.emit("SIGTERM");
     expect(await alice.rest()).toEqual(["* The server is shutting down"]);
     expect(straw.listenerCount("SIGTERM")).toBe(0);
+    straw.stderr.resume();
+    const [cert, key] = [`${folder}/straw-cert.pem`, certificate.key];
+    copyFileSync(certificate.cert, cert);
+    run("--port", "0", "--tls-cert", cert, "--tls-key", key, "--quiet", "--max-clients", "1000000");
+    await until("At most ");
+    straw.emit("SIGHUP");
+    await until("The certificate has been read again.");
+    writeFileSync(cert, "no certificate\n");
+    straw.emit("SIGHUP");
+    expect(`${(await once(straw.stderr, "data"))[0]}`).toMatch(
+      /The certificate stays as it was\. The certificate or the key is not in PEM/,
+    );
+    straw.emit("SIGINT");
+    await until("Server is shutting down");
     expect(() => run("--version")).toThrow("exit 0");
     expect(() => run("--rate", "x")).toThrow('--rate takes a number from 0 to 1000000, not "x"');
     expect(() => run("--tls-cert", "x")).toThrow("--tls-cert and --tls-key go together");
