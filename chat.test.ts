@@ -3267,6 +3267,17 @@ describe("main in this process", () => {
 
   test("the server", async () => {
     const log = spyOn(console, "log").mockImplementation(() => {});
+    // When all is said the server sets a timer, in case its output holds up the end of the process.
+    const later = globalThis.setTimeout;
+    let stopped = Promise.withResolvers<void>();
+    const timers = spyOn(globalThis, "setTimeout").mockImplementation(((
+      act: () => void,
+      ...rest: number[]
+    ) => {
+      if (act !== straw.exit) return later(act, ...rest);
+      stopped.resolve();
+      return later(() => {});
+    }) as typeof setTimeout);
     const run = (...args: string[]) => {
       real.argv = ["bun", "server.ts", ...args];
       serverMain();
@@ -3279,6 +3290,9 @@ describe("main in this process", () => {
     straw.emit("SIGTERM");
     expect(await alice.rest()).toEqual(["* The server is shutting down"]);
     expect(straw.listenerCount("SIGTERM")).toBe(0);
+    alice.socket.end();
+    await stopped.promise;
+    stopped = Promise.withResolvers();
     straw.stderr.resume();
     const [cert, key] = [`${folder}/straw-cert.pem`, certificate.key];
     copyFileSync(certificate.cert, cert);
@@ -3292,7 +3306,8 @@ describe("main in this process", () => {
       /The certificate stays as it was\. The certificate or the key is not in PEM/,
     );
     straw.emit("SIGINT");
-    await until("Server is shutting down");
+    await stopped.promise;
+    timers.mockRestore();
     expect(() => run("--version")).toThrow("exit 0");
     expect(() => run("--rate", "x")).toThrow('--rate takes a number from 0 to 1000000, not "x"');
     expect(() => run("--tls-cert", "x")).toThrow("--tls-cert and --tls-key go together");
