@@ -70,6 +70,7 @@ class Client {
   refilled = performance.now();
   /** How its share of the batch differs: `instead` stands for the part from `from` to `to`. */
   cuts: { from: number; to: number; instead: string }[] | null = null;
+  answers = 0; // characters in those `instead`
   queue: Uint8Array[] = []; // what the kernel did not take: views on batches, shared with others
   queued = 0; // bytes in the queue
   constructor(readonly socket: Socket<Client>) {}
@@ -80,7 +81,8 @@ class Room {
   clients: Client[] = [];
   names = new Map<string, Client>(); // the same by folded name, in the order of coming
   connections = new Set<Client>(); // the same, who has not joined yet, and who is on the way out
-  addresses = new Map<string, number>(); // connections from each
+  refused = 0; // of the connections, those that are only told why they cannot enter
+  addresses = new Map<string, number>(); // the other connections, from each
   batch = ""; // what this turn says to everybody
   flushing = false; // a flush is scheduled
   restUntil = 0; // ms; no flush before then
@@ -96,15 +98,17 @@ export function handleClient(room: Room, socket: Socket<Client>): void {
   const { maxClients, maxPerAddress = Infinity, tls, log } = room.options;
   const client = (socket.data = new Client(socket));
   client.address = socket.remoteAddress; // gone when it is closed
-  const total = room.connections.add(client).size;
-  const siblings = (room.addresses.get(client.address) ?? 0) + 1; // this one among them
-  room.addresses.set(client.address, siblings);
+  const total = room.connections.add(client).size - room.refused; // this one among them
+  const siblings = (room.addresses.get(client.address) ?? 0) + 1;
   if (total > maxClients) client.refusal = "* The server is full. Try again later.";
   else if (siblings > maxPerAddress) client.refusal = "* Too many connections from your address.";
-  else log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
+  else {
+    room.addresses.set(client.address, siblings);
+    log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
+  }
   socket.setKeepAlive(true, KEEPALIVE);
-  // The refused must not take the places of others, even if then the last ones miss the reason.
-  if (total > maxClients + SPARE_SOCKETS / 2 || siblings > 2 * maxPerAddress) socket.end();
+  // The refused must not use up the descriptors, even if then the last ones miss the reason.
+  if (client.refusal && ++room.refused > SPARE_SOCKETS / 2) socket.end();
   else if (!tls) greet(room, client);
 }
 
@@ -148,7 +152,7 @@ function refuseName(room: Room, client: Client, name: string): string | null {
 
 /** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
 function foldName(name: string): string {
-  return name.normalize("NFKC").toUpperCase().toLowerCase().normalize("NFKC");
+  return name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase().normalize("NFKC");
 }
 
 function roster(room: Room): string {
@@ -181,11 +185,12 @@ export function removeClient(room: Room, client: Client, why = ""): void {
 /** The connection is closed, by whomever. Nothing can be told to this client any more. */
 function closed(room: Room, client: Client): void {
   room.connections.delete(client);
+  if (client.refusal) return void room.refused--;
   const siblings = (room.addresses.get(client.address) ?? 1) - 1;
   if (siblings > 0) room.addresses.set(client.address, siblings);
   else room.addresses.delete(client.address);
   const lost = countLines(client.unread);
-  removeClient(room, client, lost > 0 ? ` (${lost} lines unread)` : "");
+  removeClient(room, client, lost > 0 ? ` (${lost} or more lines unread)` : "");
 }
 
 /** Looks once a second for those who take too long to give their name or to close. */
@@ -219,7 +224,8 @@ function readLines(room: Room, client: Client): void {
   let start = 0;
   for (let end; (end = bytes.indexOf(NEWLINE, start)) !== -1; start = end + 1) {
     if (client.phase === "closing") break;
-    if (client.allowance < 1) {
+    // A short question may have a long answer: who asks on and on waits for the flush in between.
+    if (client.allowance < 1 || client.answers > MAX_QUEUE) {
       client.unread = bytes.subarray(start);
       client.heldBack = true;
       client.socket.pause(); // TCP in its turn holds back the sender
@@ -268,6 +274,7 @@ export function broadcastMessage(room: Room, line: string, sender?: Client): voi
 function tell(room: Room, client: Client, line: string): void {
   if (client.phase !== "joined") return send(client, Buffer.from(line + "\n"));
   cut(client, room.batch.length, room.batch.length, line + "\n");
+  client.answers += line.length;
   scheduleFlush(room);
 }
 
@@ -287,6 +294,7 @@ function ownShare(client: Client, batch: string): Buffer {
     at = to;
   }
   client.cuts = null;
+  client.answers = 0;
   return Buffer.from(share + batch.slice(at));
 }
 
@@ -443,7 +451,7 @@ async function stop(room: Room, listener: TCPSocketListener<Client>, sweeper: Ti
     seen = room.received;
   for (const client of room.clients) {
     const late = countLines(client.unread);
-    if (late > 0) tell(room, client, `* Your last ${late} lines came too late to be sent.`);
+    if (late > 0) tell(room, client, `* Your last lines came too late: ${late} or more.`);
   }
   broadcastMessage(room, SHUTDOWN);
   flush(room, Infinity); // nobody is too slow now: a queue just below its limit has two seconds, too
@@ -486,6 +494,7 @@ export function main(): void {
   const shutDown = () => {
     // The second signal ends the process at once, as it does where nobody listens to it.
     process.removeAllListeners("SIGINT").removeAllListeners("SIGTERM");
+    process.removeAllListeners("SIGHUP").on("SIGHUP", () => {}); // it would open the room again
     print("Server is shutting down");
     // Output that nobody reads may hold up the end, but not for ever.
     void server.stop().then(() => setTimeout(process.exit, STOP_DEADLINE, 0).unref());
@@ -534,7 +543,8 @@ function readOptions() {
     port: number("port", values.port, 0, 65_535),
     rate: number("rate", values.rate, 0, 1_000_000),
     maxClients: number("max-clients", values["max-clients"], 1, 1_000_000),
-    maxPerAddress: perAddress ? number("max-per-address", perAddress, 1, 1_000_000) : undefined,
+    maxPerAddress:
+      perAddress !== undefined ? number("max-per-address", perAddress, 1, 1_000_000) : undefined,
     tls: cert !== undefined && key !== undefined && { cert: Bun.file(cert), key: Bun.file(key) },
     quiet: values.quiet,
   };
