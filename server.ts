@@ -79,8 +79,8 @@ class Client {
 /** One server. A process may run several, which is how the tests do it. */
 class Room {
   clients: Client[] = [];
-  names = new Map<string, Client>(); // the same by folded name, in the order of coming
-  connections = new Set<Client>(); // the same, who has not joined yet, and who is on the way out
+  names = new Map<string, Client>(); // those in the room by folded name, in the order of coming
+  connections = new Set<Client>(); // all: not yet in the room, in it, and on the way out of it
   refused = 0; // of the connections, those that are only told why they cannot enter
   addresses = new Map<string, number>(); // the other connections, from each
   batch = ""; // what this turn says to everybody
