@@ -3229,6 +3229,7 @@ describe("main in this process", () => {
   beforeEach(() => {
     useStraw();
     straw.running = true;
+    straw.removeAllListeners(); // a client of before must not hear the signals of now
     problems = spyOn(console, "error").mockImplementation(() => {});
     straw.shown = "";
     straw.exitCode = 0;
