@@ -781,8 +781,7 @@ describe("a reader that does not read", () => {
 
   test("is dropped, and the others lose nothing", async () => {
     const server = open();
-    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
-    if (!alice || !bob || !carol) throw new Error();
+    const [alice, bob, carol] = await enterThree(server);
     carol.socket.pause();
     const { heard, sent } = await talkUntilGone(1, alice, bob);
     expect(heard.pop()).toBe("* carol has left the chat (too slow)");
@@ -814,8 +813,7 @@ describe("a reader that does not read", () => {
 
   test("that comes back in time has lost nothing", async () => {
     const server = open();
-    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
-    if (!alice || !bob || !carol) throw new Error();
+    const [alice, bob, carol] = await enterThree(server);
     carol.socket.pause();
     const said = await fillQueue(server, alice, "carol");
     carol.socket.resume();
@@ -867,8 +865,7 @@ describe("pacing", () => {
   test("nobody waits for one who floods, and his reset loses him the rest", async () => {
     jest.useFakeTimers();
     const server = open({ rate: 1 });
-    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
-    if (!alice || !bob || !carol) throw new Error();
+    const [alice, bob, carol] = await enterThree(server);
     alice.send("flood\n".repeat(50_000));
     await bob.lines(9);
     carol.send("hi\n");
@@ -994,8 +991,7 @@ describe("shutdown", () => {
 
   test("a slow reader's queue is sent to its end", async () => {
     const server = open();
-    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as Peer[];
-    if (!alice || !bob || !carol) throw new Error();
+    const [alice, bob, carol] = await enterThree(server);
     carol.socket.pause();
     const said = await fillQueue(server, alice, "carol");
     const stopped = server.stop();
@@ -1100,12 +1096,18 @@ afterEach(() => {
   programs.clear();
 });
 
-/** `bun server.ts` on a free port, once it listens. */
-async function serve(...options: string[]): Promise<Program & { port: number }> {
-  const program = new Program(process.execPath, "server.ts", "--port", "0", ...options);
+/** Waits until a server listens, wherever that is. */
+async function listening(program: Program): Promise<Program & { port: number }> {
   const [, port] = await program.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
   return Object.assign(program, { port: Number(port) });
 }
+
+/** `bun server.ts` on a free port. */
+const serve = (...options: string[]) =>
+  listening(new Program(process.execPath, "server.ts", "--port", "0", ...options));
+
+/** The same by a command of bash. */
+const inShell = (command: string) => listening(new Program("bash", "-c", command));
 
 describe("bun server.ts", () => {
   test("logs who comes, what is said and who goes, with the local time", async () => {
@@ -1792,7 +1794,7 @@ describe("faults", () => {
 
   test("without enough file descriptors it serves fewer, says so, and never runs out", async () => {
     const command = `ulimit -n 128; exec ${process.execPath} server.ts --port 0`;
-    const server = await running(new Program("bash", "-c", command));
+    const server = await inShell(command);
     await server.until(/At most 64 clients: more would need more open files \(ulimit -n\)\./);
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     const crowd = await Promise.all(Array.from({ length: 300 }, () => Peer.connect(server)));
@@ -1870,12 +1872,8 @@ describe("faults", () => {
   });
 
   test("standard output that is closed stops nothing", async () => {
-    const server = await running(
-      new Program(
-        "bash",
-        "-c",
-        `exec ${process.execPath} server.ts --port 0 --rate 0 > >(head -n 1)`,
-      ),
+    const server = await inShell(
+      `exec ${process.execPath} server.ts --port 0 --rate 0 > >(head -n 1)`,
     );
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     alice.send(Array.from({ length: 5_000 }, (_, number) => `line ${number}\n`).join(""));
@@ -1891,12 +1889,8 @@ describe("faults", () => {
   test("standard output that nobody reads stops nothing, takes little memory, and is told", async () => {
     // The reader takes the first line, and the rest after a line on its own input.
     const reader = "(head -n 1; read -r -u 3; exec cat)";
-    const server = await running(
-      new Program(
-        "bash",
-        "-c",
-        `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
-      ),
+    const server = await inShell(
+      `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
     );
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     const text = `${"t".repeat(4000)}\n`.repeat(25);
@@ -1922,12 +1916,8 @@ describe("faults", () => {
 
   test("SIGTERM with nobody reading its output ends it all the same", async () => {
     const reader = "(head -n 1; read -r -u 3)";
-    const server = await running(
-      new Program(
-        "bash",
-        "-c",
-        `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
-      ),
+    const server = await inShell(
+      `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
     );
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     alice.send(`${"t".repeat(4000)}\n`.repeat(1_000));
@@ -1970,12 +1960,6 @@ describe("faults", () => {
     await enter(second, "alice");
   });
 });
-
-/** Waits until a server that was started by other means listens. */
-async function running(program: Program): Promise<Program & { port: number }> {
-  const [, port] = await program.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
-  return Object.assign(program, { port: Number(port) });
-}
 
 describe("connections from one address", () => {
   const REFUSAL = "* Too many connections from your address.";

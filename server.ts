@@ -45,7 +45,6 @@ export type ServerOptions = {
 };
 
 const DEFAULTS = { host: "127.0.0.1", port: 5555, rate: 10, maxClients: 10_000 };
-
 const NOTHING = Buffer.alloc(0);
 const [NEWLINE, RETURN] = [10, 13];
 /** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
@@ -68,7 +67,7 @@ class Client {
   heldBack = false; // not read from for a while, because it has sent too fast
   allowance = Infinity; // messages that it may send, as of `refilled` (ms)
   refilled = performance.now();
-  /** How its share of the batch differs: `instead` stands for the part from `from` to `to`. */
+  /** Where its share of the batch differs: its own lines are cut out, answers to it put in. */
   cuts: { from: number; to: number; instead: string }[] | null = null;
   answers = 0; // characters in those `instead`
   queue: Uint8Array[] = []; // what the kernel did not take: views on batches, shared with others
@@ -347,7 +346,8 @@ function drain(client: Client): void {
 
 // --- Commands ----------------------------------------------------------------------------------
 
-const COMMANDS: readonly [usage: string, help: string, run: typeof whisper][] = [
+type Run = (room: Room, client: Client, rest: string) => void;
+const COMMANDS: readonly [usage: string, help: string, run: Run][] = [
   ["/help", "shows this list", (room, client) => tell(room, client, HELP)],
   ["/who", "says who is here", (room, client) => tell(room, client, roster(room))],
   ["/nick NAME", "gives you another name", changeName],
