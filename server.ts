@@ -6,9 +6,8 @@
  *     bun client.ts             enters it, in another terminal
  *     nc 127.0.0.1 5555         enters it from a machine without Bun
  *
- * The protocol is lines of UTF-8 over TCP (Budget Chat, https://protohackers.com/problem/3). The
- * first line is the name, every further one a message, or a command if it begins with "/". Lines
- * that the server itself says begin with "* ".
+ * The protocol is lines of UTF-8 over TCP (Budget Chat, https://protohackers.com/problem/3): first
+ * a name, then messages, or commands if they begin with "/". The server's own begin with "* ".
  *
  * One idea carries the rest: whatever arrives in one turn of the event loop, from all sockets,
  * leaves together, with one write per client. So a line costs little even in a large room, and all
@@ -16,6 +15,7 @@
  * who sends too fast is read from more slowly; neither holds up anybody else.
  */
 
+import { dlopen } from "bun:ffi";
 import { parseArgs } from "node:util";
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
@@ -24,12 +24,14 @@ const WELCOME = "Welcome to the chat! What is your name?";
 const SHUTDOWN = "* The server is shutting down";
 const MAX_LINE = 4096; // bytes, without the line ending
 const MAX_QUEUE = 1024 * 1024; // bytes that may wait for a reader who does not keep up
-const BURST = 10; // seconds' worth of messages that may come at once
+const BURST = 10_000; // ms' worth of messages that may come at once
 const LOBBY_DEADLINE = 60_000; // ms to give a name in, and to read what is left when leaving
 const STOP_DEADLINE = 2_000; // ms to read what is left when the server stops
 const PACE = 100; // ms until the next look at one who has sent too fast
-const KEEPALIVE = 60_000; // ms of silence before the kernel asks whether the peer is still there
-const MAX_REST = 50; // ms that a line may wait while a very large room rests from a flush
+const KEEPALIVE = 45_000; // ms of silence before the kernel asks whether the peer is still there
+const NO_ANSWER = Uint32Array.of(55_000); // ms without a sign of life before it gives the peer up
+const MAX_GATHER = 1; // ms that a line may wait for others, to leave together with them
+const MAX_REST = 50; // ms that it may wait while a very large room rests from a flush
 const SPARE_SOCKETS = 64; // descriptors beyond the clients': files, and those who are being refused
 
 /** What `startServer` can be told. */
@@ -50,10 +52,20 @@ const [NEWLINE, RETURN] = [10, 13];
 /** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
 const endpoint = (host: string, port: number) =>
   `${host.includes(":") ? `[${host}]` : host}:${port}`;
+// Keepalive asks nothing while something is on its way to the peer. Linux tries to deliver that for
+// a quarter of an hour, unless it is told not to (tcp(7)), which no call of Bun's does.
+const [IPPROTO_TCP, TCP_USER_TIMEOUT] = [6, 18];
+const setsockopt = (() => {
+  try {
+    const types = { args: ["int", "int", "int", "buffer", "u32"], returns: "int" } as const;
+    return dlopen("libc.so.6", { setsockopt: types }).symbols.setsockopt;
+  } catch {
+    return () => 0; // another system, whose kernel decides for itself
+  }
+})();
 const countLines = (bytes: Buffer) => bytes.toString("latin1").split("\n").length - 1;
 
 // --- State -------------------------------------------------------------------------------------
-// Two records, written as classes so that each field stands beside its meaning and first value.
 
 /** One connection, from its greeting to its end. It is `socket.data` of its socket. */
 class Client {
@@ -63,13 +75,11 @@ class Client {
   address = "";
   deadline = performance.now() + LOBBY_DEADLINE; // ms; the end of patience outside the room
   finished = false; // its FIN has come; what it sent before is still to be read
-  unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the allowance
+  unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
   heldBack = false; // not read from for a while, because it has sent too fast
-  allowance = Infinity; // messages that it may send, as of `refilled` (ms)
-  refilled = performance.now();
-  /** Where its share of the batch differs: its own lines are cut out, answers to it put in. */
-  cuts: { from: number; to: number; instead: string }[] | null = null;
-  answers = 0; // characters in those `instead`
+  usedUntil = -Infinity; // ms; its messages have used its time up to there, each 1/rate of a second
+  share: string | null = null; // its own version of the batch: without its own lines, with answers
+  shared = 0; // characters of the batch that are in its share already, or left out
   queue: Uint8Array[] = []; // what the kernel did not take: views on batches, shared with others
   queued = 0; // bytes in the queue
   constructor(readonly socket: Socket<Client>) {}
@@ -77,8 +87,8 @@ class Client {
 
 /** One server. A process may run several, which is how the tests do it. */
 class Room {
-  clients: Client[] = [];
-  names = new Map<string, Client>(); // those in the room by folded name, in the order of coming
+  clients: Client[] = []; // those in the room, in the order of coming
+  names = new Map<string, Client>(); // the same by folded name
   connections = new Set<Client>(); // all: not yet in the room, in it, and on the way out of it
   refused = 0; // of the connections, those that are only told why they cannot enter
   addresses = new Map<string, number>(); // the other connections, from each
@@ -86,7 +96,7 @@ class Room {
   flushing = false; // a flush is scheduled
   restUntil = 0; // ms; no flush before then
   roster: string | null = null; // the line with all names; null while it is out of date
-  received = 0; // chunks since the start, so that a stopping server sees whether more is coming
+  received = 0; // chunks since the start, by which one sees whether more are coming
   constructor(readonly options: ServerOptions) {}
 }
 
@@ -106,6 +116,7 @@ export function handleClient(room: Room, socket: Socket<Client>): void {
     log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
   }
   socket.setKeepAlive(true, KEEPALIVE);
+  setsockopt((socket as { fd?: number }).fd ?? -1, IPPROTO_TCP, TCP_USER_TIMEOUT, NO_ANSWER, 4);
   // The refused must not use up the descriptors, even if then the last ones miss the reason.
   if (client.refusal && ++room.refused > SPARE_SOCKETS / 2) socket.end();
   else if (!tls) greet(room, client);
@@ -125,11 +136,11 @@ function join(room: Room, client: Client, line: string): void {
   // The roster goes out at once. All that the room hears from here on is in the batch behind it.
   tell(room, client, roster(room));
   broadcastMessage(room, `* ${name} has joined the chat`);
-  client.cuts = [{ from: 0, to: room.batch.length, instead: "" }];
+  [client.share, client.shared] = ["", room.batch.length];
   client.name = name;
   client.phase = "joined";
+  room.roster = roster(room) + (room.clients.length > 0 ? `, ${name}` : name);
   room.clients.push(client);
-  if (room.roster !== null) room.roster += room.names.size > 0 ? `, ${name}` : name;
   room.names.set(foldName(name), client);
   room.options.log?.(`User ${name} has joined the chat.`);
 }
@@ -150,20 +161,17 @@ function refuseName(room: Room, client: Client, name: string): string | null {
 }
 
 /** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
-function foldName(name: string): string {
-  return name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase().normalize("NFKC");
-}
+const foldName = (name: string) =>
+  name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase().normalize("NFKC");
 
-function roster(room: Room): string {
-  const names = () => Array.from(room.names.values(), (client) => client.name).join(", ");
-  return (room.roster ??= `* The room contains: ${names()}`);
-}
+const roster = (room: Room) =>
+  (room.roster ??= `* The room contains: ${room.clients.map(({ name }) => name).join(", ")}`);
 
 /** Lets a client go: it gets what was said up to now, and the notice why, if any; then a FIN. */
 function dismiss(room: Room, client: Client, notice?: string): void {
   if (client.phase === "closing") return;
   if (notice) tell(room, client, notice);
-  if (client.phase === "joined") send(client, ownShare(client, room.batch));
+  if (client.phase === "joined") send(client, takeShare(client, room.batch));
   removeClient(room, client);
   client.deadline = performance.now() + LOBBY_DEADLINE;
   drain(client);
@@ -206,39 +214,44 @@ function sweep(room: Room): void {
 /** Bytes have come, which are lines as far as they end in a newline; or, without any, the FIN. */
 function receive(room: Room, client: Client, chunk?: Buffer): void {
   room.received++;
-  if (!chunk) client.finished = true;
-  else client.unread = client.unread.length > 0 ? Buffer.concat([client.unread, chunk]) : chunk;
+  if (chunk) {
+    client.unread = Buffer.concat([client.unread, chunk]);
+    release(chunk);
+  } else client.finished = true;
   if (!client.heldBack) readLines(room, client);
 }
 
-/** Takes as many lines as the allowance lets through, and reads on when the rest has been taken. */
+/** Takes as many lines as the rate lets through, and reads on when the rest has been taken. */
 function readLines(room: Room, client: Client): void {
   const bytes = client.unread;
-  const { rate } = room.options;
+  const price = 1000 / (room.options.rate || Infinity); // ms of its time for a message
   const now = performance.now();
-  const grown = client.allowance + ((now - client.refilled) / 1000) * rate;
-  if (rate > 0) client.allowance = Math.min(grown, rate * BURST);
-  client.refilled = now;
-  client.unread = NOTHING;
+  client.usedUntil = Math.max(client.usedUntil, now - BURST);
   let start = 0;
   for (let end; (end = bytes.indexOf(NEWLINE, start)) !== -1; start = end + 1) {
     if (client.phase === "closing") break;
     // A short question may have a long answer: who asks on and on waits for the flush in between.
-    if (client.allowance < 1 || client.answers > MAX_QUEUE) {
+    if (client.usedUntil + price > now || (client.share?.length ?? 0) > MAX_QUEUE) {
       client.unread = bytes.subarray(start);
       client.heldBack = true;
       client.socket.pause(); // TCP in its turn holds back the sender
       return void setTimeout(readLines, PACE, room, client);
     }
-    client.allowance--;
+    client.usedUntil += price;
     takeLine(room, client, bytes, start, end);
   }
   // The beginning of a line is kept as a copy: a view would hold the whole chunk.
-  if (start < bytes.length)
-    client.unread = Buffer.from(bytes.subarray(start, start + MAX_LINE + 2));
+  const rest = bytes.subarray(start, start + MAX_LINE + 2);
+  client.unread = rest.length > 0 ? Buffer.from(rest) : NOTHING;
+  release(bytes);
   if (client.heldBack) client.socket.resume();
   client.heldBack = false;
   if (client.finished) dismiss(room, client);
+}
+
+/** Frees bytes at once, if that is worth it: tens of megabytes would pile up to be collected. */
+function release({ buffer, length }: Buffer): void {
+  if (length > 1000 && buffer instanceof ArrayBuffer) buffer.transfer(0);
 }
 
 /** A line is bytes until it is whole: a character may be split over two packets. */
@@ -263,48 +276,46 @@ const UNCLEAN = /[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2
 
 /** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
 export function broadcastMessage(room: Room, line: string, sender?: Client): void {
-  const from = room.batch.length;
+  if (sender) addToShare(sender, room.batch);
   room.batch += line + "\n";
-  if (sender) cut(sender, from, room.batch.length, "");
+  if (sender) sender.shared = room.batch.length;
   scheduleFlush(room);
 }
 
 /** Says a line to one client, after all that it has been sent so far. */
 function tell(room: Room, client: Client, line: string): void {
   if (client.phase !== "joined") return send(client, Buffer.from(line + "\n"));
-  cut(client, room.batch.length, room.batch.length, line + "\n");
-  client.answers += line.length;
+  addToShare(client, room.batch, line + "\n");
   scheduleFlush(room);
 }
 
-function cut(client: Client, from: number, to: number, instead: string): void {
-  client.cuts ??= [];
-  const last = client.cuts.at(-1);
-  if (last?.to !== from) return void client.cuts.push({ from, to, instead });
-  last.to = to;
-  last.instead += instead;
+/** Gives a client its own version of the batch up to here, with an answer behind it. */
+function addToShare(client: Client, batch: string, answer = ""): string {
+  client.share = (client.share ?? "") + batch.slice(client.shared) + answer;
+  client.shared = batch.length;
+  return client.share;
 }
 
-function ownShare(client: Client, batch: string): Buffer {
-  let share = "";
-  let at = 0;
-  for (const { from, to, instead } of client.cuts ?? []) {
-    share += batch.slice(at, from) + instead;
-    at = to;
-  }
-  client.cuts = null;
-  client.answers = 0;
-  return Buffer.from(share + batch.slice(at));
+function takeShare(client: Client, batch: string): Buffer {
+  const share = addToShare(client, batch);
+  [client.share, client.shared] = [null, 0];
+  return Buffer.from(share);
 }
 
 function scheduleFlush(room: Room): void {
   if (room.flushing) return;
   room.flushing = true;
-  // A flush is a system call per client, so in a large room it pays to let lines gather: the room
-  // rests for as long as its last flush took. In a small one no timer could measure that.
+  // A flush is a system call per client, so it pays to let lines gather: as long as they keep
+  // coming, and in a large room for half as long as the last flush took, which a timer can measure.
   const rest = room.restUntil - performance.now();
-  if (rest >= 1) setTimeout(flush, rest, room);
-  else setImmediate(flush, room);
+  if (rest >= 1) setTimeout(gather, rest, room);
+  else gather(room);
+}
+
+/** Looks at all sockets once a turn, and flushes when that has brought nothing a few times. */
+function gather(room: Room, end = performance.now() + MAX_GATHER, idle = 0, seen = -1): void {
+  if (idle === 4 || performance.now() > end) return flush(room);
+  setImmediate(gather, room, end, room.received === seen ? idle + 1 : 0, room.received);
 }
 
 /** Sends this turn's batch: the very same bytes to all but those who had a part in it. */
@@ -317,13 +328,13 @@ function flush(room: Room, limit = MAX_QUEUE): void {
   // A copy, because a removal moves the others up. What is said about it goes into the next batch.
   for (const client of [...room.clients]) {
     const lagged = client.queued > 0;
-    send(client, client.cuts ? ownShare(client, batch) : bytes);
+    send(client, client.share === null ? bytes : takeShare(client, batch));
     // One batch may be larger than the limit: only who has not kept up with earlier ones is slow.
     if (!lagged || client.queued <= limit) continue;
     removeClient(room, client, " (too slow)");
     client.socket.terminate();
   }
-  room.restUntil = performance.now() + Math.min(performance.now() - started, MAX_REST);
+  room.restUntil = performance.now() + Math.min((performance.now() - started) / 2, MAX_REST);
 }
 
 /** Hands bytes to the kernel. What it does not take waits in the client's queue for `drain`. */
@@ -337,8 +348,7 @@ function send(client: Client, bytes: Uint8Array): void {
 
 /** Sends what waits, now that the kernel may have room; after it the FIN of one who is let go. */
 function drain(client: Client): void {
-  const waiting = client.queue;
-  client.queue = [];
+  const waiting = client.queue.splice(0);
   client.queued = 0;
   for (const bytes of waiting) send(client, bytes);
   if (client.phase === "closing" && client.queued === 0) client.socket.shutdown(); // end() loses bytes
@@ -439,8 +449,6 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   };
 }
 
-export type Server = ReturnType<typeof startServer>;
-
 /** Delivers what was said, announces the end, and gives everybody two seconds to read it all. */
 async function stop(room: Room, listener: TCPSocketListener<Client>, sweeper: Timer) {
   listener.stop(false);
@@ -468,20 +476,24 @@ async function stop(room: Room, listener: TCPSocketListener<Client>, sweeper: Ti
 
 // --- The program -------------------------------------------------------------------------------
 
+const OPTIONS = [
+  ["host", "HOST", `the address to listen on (${DEFAULTS.host}; 0.0.0.0 for the whole network)`],
+  ["port", "PORT", `the port to listen on (${DEFAULTS.port}; 0 takes a free one)`],
+  ["rate", "N", `messages a second from one client (${DEFAULTS.rate}; 0 for no limit)`],
+  ["max-clients", "N", `connections at a time (${DEFAULTS.maxClients})`],
+  ["max-per-address", "N", "connections from one address (64; no limit on loopback)"],
+  ["tls-cert", "FILE", "encrypt the room with this certificate (PEM), read again on SIGHUP"],
+  ["tls-key", "FILE", "and with this private key (PEM)"],
+  ["quiet", "", "print only start, stop and errors"],
+  ["help", "", "show this text"],
+  ["version", "", "show the version"],
+] as const;
+
 const USAGE = `Usage: bun server.ts [options]
 
 Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
 
-  --host HOST            the address to listen on (${DEFAULTS.host}; 0.0.0.0 for the whole network)
-  --port PORT            the port to listen on (${DEFAULTS.port}; 0 takes a free one)
-  --rate N               messages a second from one client (${DEFAULTS.rate}; 0 for no limit)
-  --max-clients N        connections at a time (${DEFAULTS.maxClients})
-  --max-per-address N    connections from one address (64; no limit on loopback)
-  --tls-cert FILE        encrypt the room with this certificate (PEM), read again on SIGHUP
-  --tls-key FILE         and with this private key (PEM)
-  --quiet                print only start, stop and errors
-  --help                 show this text
-  --version              show the version`;
+${OPTIONS.map(([name, value, help]) => `  --${name} ${value}`.padEnd(25) + help).join("\n")}`;
 
 export function main(): void {
   const { quiet, ...options } = readOptions();
@@ -513,48 +525,37 @@ export function main(): void {
 
 /** @throws TypeError, as parseArgs does, with a message for the one who typed */
 function readOptions() {
-  const { values } = parseArgs({
-    options: {
-      host: { type: "string", default: DEFAULTS.host },
-      port: { type: "string", default: `${DEFAULTS.port}` },
-      rate: { type: "string", default: `${DEFAULTS.rate}` },
-      "max-clients": { type: "string", default: `${DEFAULTS.maxClients}` },
-      "max-per-address": { type: "string" },
-      "tls-cert": { type: "string" },
-      "tls-key": { type: "string" },
-      quiet: { type: "boolean", default: false },
-      help: { type: "boolean" },
-      version: { type: "boolean" },
-    },
-  });
-  if (values.help || values.version) {
-    console.log(values.help ? USAGE : `bun-chat server ${VERSION}`);
+  const type = (value: string) => ({ type: value ? ("string" as const) : ("boolean" as const) });
+  const options = Object.fromEntries(OPTIONS.map(([name, value]) => [name, type(value)]));
+  const { values } = parseArgs({ options });
+  const { host = DEFAULTS.host, quiet, help, version, "tls-cert": cert, "tls-key": key } = values;
+  if (help || version) {
+    console.log(help ? USAGE : `bun-chat server ${VERSION}`);
     process.exit(0);
   }
-  const number = (name: string, text: string, least: number, most: number) => {
-    if (/^\d+$/.test(text) && +text >= least && +text <= most) return +text;
+  const number = <T>(name: string, least: number, most: number, fallback: T) => {
+    const text = values[name];
+    if (text === undefined) return fallback;
+    if (/^\d+$/.test(`${text}`) && +text >= least && +text <= most) return +text;
     throw new TypeError(`--${name} takes a number from ${least} to ${most}, not "${text}"`);
   };
-  const { "max-per-address": perAddress, "tls-cert": cert, "tls-key": key } = values;
   if ((cert === undefined) !== (key === undefined))
     throw new TypeError("--tls-cert and --tls-key go together");
   return {
-    host: values.host,
-    port: number("port", values.port, 0, 65_535),
-    rate: number("rate", values.rate, 0, 1_000_000),
-    maxClients: number("max-clients", values["max-clients"], 1, 1_000_000),
-    maxPerAddress:
-      perAddress !== undefined ? number("max-per-address", perAddress, 1, 1_000_000) : undefined,
-    tls: cert !== undefined && key !== undefined && { cert: Bun.file(cert), key: Bun.file(key) },
-    quiet: values.quiet,
+    host: `${host}`,
+    port: number("port", 0, 65_535, DEFAULTS.port),
+    rate: number("rate", 0, 1_000_000, DEFAULTS.rate),
+    maxClients: number("max-clients", 1, 1_000_000, DEFAULTS.maxClients),
+    maxPerAddress: number("max-per-address", 1, 1_000_000, undefined),
+    tls: cert !== undefined && { cert: Bun.file(`${cert}`), key: Bun.file(`${key}`) },
+    quiet,
   };
 }
 
 const PROBLEMS: readonly [code: RegExp, advice: string][] = [
   [/^EADDRINUSE$/, "The port is in use: choose another one with --port."],
-  [/^EADDRNOTAVAIL$/, "The address is not one of this machine's: choose another one with --host."],
   [/^EACCES$/, "That port is for the administrator: choose one above 1023 with --port."],
-  [/^ENOTFOUND$|^undefined$/, "The host is unknown: choose another one with --host."],
+  [/^E(ADDRNOTAVAIL|NOTFOUND)$|^undefined$/, "This machine has no such address: change --host."],
   [/^ERR_OSSL_.*MISMATCH$/, "The key does not belong to the certificate."],
   [/^ERR_OSSL_|^EISDIR$/, "The certificate or the key is not in PEM, or the key needs a password."],
 ];
@@ -569,16 +570,15 @@ function explain(error: unknown): string {
 
 /** Prints lines with the local time, all of a turn at once. What nobody reads is only counted. */
 function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
-  let turn = "";
+  let [turn, lost] = ["", 0];
   let waiting = 0; // characters that nobody has read, which Bun does not tell in `writableLength`
-  let lost = 0;
+  stream.on("error", () => {});
   const write = () => {
     const { length } = turn;
     waiting += length;
     stream.write(turn, () => (waiting -= length));
     turn = "";
   };
-  stream.on("error", () => {});
   return (line) => {
     if (waiting + turn.length > MAX_QUEUE) return void lost++;
     if (turn === "") setImmediate(write);
