@@ -13,10 +13,10 @@ import {
   describe,
   expect,
   jest,
+  mock,
   spyOn,
   test,
 } from "bun:test";
-import { dlopen } from "bun:ffi";
 import { EventEmitter, once } from "node:events";
 import {
   copyFileSync,
@@ -32,7 +32,7 @@ import { tmpdir } from "node:os";
 import { dirname } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import type { Socket } from "bun";
-import { startServer, main as serverMain, type ServerOptions } from "./server.ts";
+import type { ServerOptions } from "./server.ts";
 
 // --- A process that is not one -----------------------------------------------------------------
 // Most tests of the programs run them as people do, in processes of their own, where no coverage is
@@ -100,6 +100,24 @@ const real = globalThis.process;
 const useStraw = () => void (globalThis.process = straw as unknown as NodeJS.Process);
 const useReal = () => void (globalThis.process = real);
 
+// What the kernel knows of a connection, where a test cannot wait for a minute until it is true.
+type TcpInfo = (fd: number, info: DataView, result: number) => void;
+let tcpInfo: TcpInfo | null = null;
+const { dlopen } = await import("bun:ffi");
+mock.module("bun:ffi", () => ({
+  dlopen(...library: Parameters<typeof dlopen>) {
+    type Call = (fd: number, level: number, name: number, info: DataView, size: unknown) => number;
+    const real = dlopen(...library).symbols["getsockopt"] as unknown as Call;
+    const getsockopt: Call = (fd, level, name, info, size) => {
+      const result = real(fd, level, name, info, size);
+      tcpInfo?.(fd, info, result);
+      return result;
+    };
+    return { symbols: { getsockopt } };
+  },
+}));
+const { startServer, main: serverMain } = await import("./server.ts");
+
 useStraw();
 const { main: clientMain, PACE, receiveMessages, splitLines } = await import("./client.ts");
 useReal();
@@ -122,6 +140,7 @@ function fail(problem: string): never {
 }
 
 afterEach(async () => {
+  tcpInfo = null;
   jest.useRealTimers();
   for (const peer of peers) peer.socket.terminate();
   peers.clear();
@@ -850,6 +869,17 @@ describe("pacing", () => {
     alice.send("after the paste\n");
     jest.advanceTimersByTime(1000);
     expect(await bob.line()).toBe("[alice] after the paste");
+  });
+
+  test("who has said nothing for long may not say more than ten seconds' worth at once", async () => {
+    jest.useFakeTimers();
+    const server = open({ rate: 1 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    jest.advanceTimersByTime(60_000);
+    alice.send(Array.from({ length: 15 }, (_, number) => `line ${number}\n`).join(""));
+    await bob.until("[alice] line 9");
+    bob.send("/nick bob\n");
+    expect(await bob.line()).toBe("* You are called bob already.");
   });
 
   test("who pastes and half-closes is heard to the last line, and leaves then", async () => {
@@ -1662,7 +1692,38 @@ describe("bad input", () => {
     return lines;
   }
 
-  test("the kernel is told to find out who has vanished, be something on its way or not", async () => {
+  test("who does not answer for long is gone, who only does not read is not", async () => {
+    jest.useFakeTimers();
+    const server = open();
+    const names = ["alice", "bob", "carol", "dave", "erin"];
+    const peers = await enterAll(server, ...names);
+    const fds = (server.clients as unknown as { socket: { fd: number } }[]).map(
+      ({ socket }) => socket.fd,
+    );
+    // As it may be after a minute. [tcpi_retransmits, tcpi_probes, tcpi_last_ack_recv]
+    const states = [
+      [6, 0, 56_000], // alice is sent the same bytes again and again
+      [0, 6, 56_000], // bob is asked again and again whether he will read on, or is there at all
+      [0, 1, 80_000], // carol has answered that, and still does not read
+      [2, 0, 56_000], // dave has been silent, and now a packet or two to him have been lost
+      [6, 0, 54_000], // erin may come back yet
+    ];
+    tcpInfo = (fd, info, result) => {
+      expect(result).toBe(0);
+      expect(info.getUint8(0)).toBe(1); // tcpi_state: established
+      expect(info.getUint32(56, true)).toBeLessThan(30_000); // ms, in truth
+      const [retransmits = 0, probes = 0, silence = 0] = states[fds.indexOf(fd)] ?? [];
+      info.setUint8(2, retransmits);
+      info.setUint8(3, probes);
+      info.setUint32(56, silence, true);
+    };
+    jest.advanceTimersByTime(1000);
+    for (const peer of peers.slice(2))
+      expect(await peer.lines(2)).toEqual(["* alice has left the chat", "* bob has left the chat"]);
+    expect(server.clients.map(({ name }) => name)).toEqual(["carol", "dave", "erin"]);
+  });
+
+  test("the kernel asks those who are silent whether they are still there", async () => {
     const server = open();
     await enter(server, "alice");
     const [client] = server.clients as unknown as { socket: { fd: number } }[];
@@ -1674,12 +1735,9 @@ describe("bad input", () => {
       symbols.getsockopt(client?.socket.fd ?? -1, level, name, value, Uint32Array.of(4));
       return value[0];
     };
-    const [SOL_SOCKET, SO_KEEPALIVE, IPPROTO_TCP, TCP_KEEPIDLE, TCP_USER_TIMEOUT] = [
-      1, 9, 6, 4, 18,
-    ];
+    const [SOL_SOCKET, SO_KEEPALIVE, IPPROTO_TCP, TCP_KEEPIDLE] = [1, 9, 6, 4];
     expect(option(SOL_SOCKET, SO_KEEPALIVE)).toBe(1);
     expect(option(IPPROTO_TCP, TCP_KEEPIDLE)).toBe(45); // s
-    expect(option(IPPROTO_TCP, TCP_USER_TIMEOUT)).toBe(55_000); // ms
   });
 
   test("200 MB without a newline take no memory, and the line after them is heard", async () => {

@@ -9,18 +9,16 @@
  * The protocol is lines of UTF-8 over TCP (Budget Chat, https://protohackers.com/problem/3): first
  * a name, then messages, or commands if they begin with "/". The server's own begin with "* ".
  *
- * One idea carries the rest: whatever arrives in one turn of the event loop, from all sockets,
- * leaves together, with one write per client. So a line costs little even in a large room, and all
- * see the same lines in the same order. Who reads slowly has a queue of their own, with a limit;
- * who sends too fast is read from more slowly; neither holds up anybody else.
+ * One idea carries the rest: whatever arrives at about the same time, from all sockets, leaves
+ * together, with one write per client. So a line costs little even in a large room, and all see the
+ * same lines in the same order. Who reads slowly has a queue of their own, with a limit; who sends
+ * too fast is read from more slowly; neither holds up anybody else.
  */
 
 import { dlopen } from "bun:ffi";
 import { parseArgs } from "node:util";
-import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
 const VERSION = "0.1.0";
-const WELCOME = "Welcome to the chat! What is your name?";
 const SHUTDOWN = "* The server is shutting down";
 const MAX_LINE = 4096; // bytes, without the line ending
 const MAX_QUEUE = 1024 * 1024; // bytes that may wait for a reader who does not keep up
@@ -29,7 +27,7 @@ const LOBBY_DEADLINE = 60_000; // ms to give a name in, and to read what is left
 const STOP_DEADLINE = 2_000; // ms to read what is left when the server stops
 const PACE = 100; // ms until the next look at one who has sent too fast
 const KEEPALIVE = 45_000; // ms of silence before the kernel asks whether the peer is still there
-const NO_ANSWER = Uint32Array.of(55_000); // ms without a sign of life before it gives the peer up
+const NO_ANSWER = 55_000; // ms without a sign of life of a peer that cannot be reached
 const MAX_GATHER = 1; // ms that a line may wait for others, to leave together with them
 const MAX_REST = 50; // ms that it may wait while a very large room rests from a flush
 const SPARE_SOCKETS = 64; // descriptors beyond the clients': files, and those who are being refused
@@ -52,17 +50,6 @@ const [NEWLINE, RETURN] = [10, 13];
 /** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
 const endpoint = (host: string, port: number) =>
   `${host.includes(":") ? `[${host}]` : host}:${port}`;
-// Keepalive asks nothing while something is on its way to the peer. Linux tries to deliver that for
-// a quarter of an hour, unless it is told not to (tcp(7)), which no call of Bun's does.
-const [IPPROTO_TCP, TCP_USER_TIMEOUT] = [6, 18];
-const setsockopt = (() => {
-  try {
-    const types = { args: ["int", "int", "int", "buffer", "u32"], returns: "int" } as const;
-    return dlopen("libc.so.6", { setsockopt: types }).symbols.setsockopt;
-  } catch {
-    return () => 0; // another system, whose kernel decides for itself
-  }
-})();
 const countLines = (bytes: Buffer) => bytes.toString("latin1").split("\n").length - 1;
 
 // --- State -------------------------------------------------------------------------------------
@@ -82,7 +69,7 @@ class Client {
   shared = 0; // characters of the batch that are in its share already, or left out
   queue: Uint8Array[] = []; // what the kernel did not take: views on batches, shared with others
   queued = 0; // bytes in the queue
-  constructor(readonly socket: Socket<Client>) {}
+  constructor(readonly socket: Bun.Socket<Client>) {}
 }
 
 /** One server. A process may run several, which is how the tests do it. */
@@ -103,20 +90,17 @@ class Room {
 // --- The life of a client ----------------------------------------------------------------------
 
 /** Takes in a new connection. Under TLS it may be spoken to only after the handshake. */
-export function handleClient(room: Room, socket: Socket<Client>): void {
+export function handleClient(room: Room, socket: Bun.Socket<Client>): void {
   const { maxClients, maxPerAddress = Infinity, tls, log } = room.options;
   const client = (socket.data = new Client(socket));
   client.address = socket.remoteAddress; // gone when it is closed
+  log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
   const total = room.connections.add(client).size - room.refused; // this one among them
   const siblings = (room.addresses.get(client.address) ?? 0) + 1;
   if (total > maxClients) client.refusal = "* The server is full. Try again later.";
   else if (siblings > maxPerAddress) client.refusal = "* Too many connections from your address.";
-  else {
-    room.addresses.set(client.address, siblings);
-    log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
-  }
+  else room.addresses.set(client.address, siblings);
   socket.setKeepAlive(true, KEEPALIVE);
-  setsockopt((socket as { fd?: number }).fd ?? -1, IPPROTO_TCP, TCP_USER_TIMEOUT, NO_ANSWER, 4);
   // The refused must not use up the descriptors, even if then the last ones miss the reason.
   if (client.refusal && ++room.refused > SPARE_SOCKETS / 2) socket.end();
   else if (!tls) greet(room, client);
@@ -125,7 +109,7 @@ export function handleClient(room: Room, socket: Socket<Client>): void {
 function greet(room: Room, client: Client): void {
   client.phase = "naming";
   if (client.refusal) dismiss(room, client, client.refusal);
-  else tell(room, client, WELCOME);
+  else tell(room, client, "Welcome to the chat! What is your name?");
 }
 
 /** Takes the first line for a name: the client enters the room, or hears why not and is let go. */
@@ -200,14 +184,31 @@ function closed(room: Room, client: Client): void {
   removeClient(room, client, lost > 0 ? ` (${lost} or more lines unread)` : "");
 }
 
-/** Looks once a second for those who take too long to give their name or to close. */
+/** Looks once a second for those who take too long to give their name or to close, or are gone. */
 function sweep(room: Room): void {
   for (const client of room.connections) {
-    if (client.phase === "joined" || performance.now() < client.deadline) continue;
-    if (client.phase !== "naming") client.socket.terminate();
-    else dismiss(room, client, `* You gave no name within ${LOBBY_DEADLINE / 1000} seconds.`);
+    const late = client.phase !== "joined" && performance.now() >= client.deadline;
+    if (late && client.phase === "naming")
+      dismiss(room, client, `* You gave no name within ${LOBBY_DEADLINE / 1000} seconds.`);
+    else if (late || hasVanished(client.socket)) client.socket.terminate();
   }
 }
+
+// While something is on its way keepalive asks nothing, and Linux sends it again for a quarter of an
+// hour. So we look ourselves who has not answered for long (struct tcp_info in linux/tcp.h, tcp(7)).
+const hasVanished = (() => {
+  const [IPPROTO_TCP, TCP_INFO, info] = [6, 11, new DataView(new ArrayBuffer(60))];
+  const types = { args: ["int", "int", "int", "buffer", "buffer"], returns: "int" } as const;
+  try {
+    const { getsockopt } = dlopen("libc.so.6", { getsockopt: types }).symbols;
+    return ({ fd = -1 }: Bun.Socket<Client> & { fd?: number }) =>
+      getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, Uint32Array.of(info.byteLength)) === 0 &&
+      info.getUint8(2) + info.getUint8(3) > 5 && // tcpi_retransmits and tcpi_probes
+      info.getUint32(56, true) > NO_ANSWER; // tcpi_last_ack_recv
+  } catch {
+    return () => false; // another system
+  }
+})();
 
 // --- The way of a message ----------------------------------------------------------------------
 
@@ -305,8 +306,7 @@ function takeShare(client: Client, batch: string): Buffer {
 function scheduleFlush(room: Room): void {
   if (room.flushing) return;
   room.flushing = true;
-  // A flush is a system call per client, so it pays to let lines gather: as long as they keep
-  // coming, and in a large room for half as long as the last flush took, which a timer can measure.
+  // A flush is a system call per client: a large room rests half as long before the next one.
   const rest = room.restUntil - performance.now();
   if (rest >= 1) setTimeout(gather, rest, room);
   else gather(room);
@@ -418,7 +418,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   const report = process.report.getReport() as { userLimits?: { open_files?: { soft?: unknown } } };
   const limit = Number(report.userLimits?.open_files?.soft) || Infinity; // may be "unlimited"
   room.options.maxClients = Math.min(maxClients, Math.max(1, limit - SPARE_SOCKETS));
-  const handlers: SocketHandler<Client> = {
+  const handlers: Bun.SocketHandler<Client> = {
     open: (socket) => handleClient(room, socket),
     handshake: (socket, success) => success && greet(room, socket.data),
     data: (socket, chunk) => receive(room, socket.data, chunk),
@@ -450,7 +450,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
 }
 
 /** Delivers what was said, announces the end, and gives everybody two seconds to read it all. */
-async function stop(room: Room, listener: TCPSocketListener<Client>, sweeper: Timer) {
+async function stop(room: Room, listener: Bun.TCPSocketListener<Client>, sweeper: Timer) {
   listener.stop(false);
   clearInterval(sweeper);
   // What clients have sent before is in the kernel: it is all read when a look brings nothing new.
