@@ -29,7 +29,7 @@ const PACE = 100; // ms until the next look at one who has sent too fast
 const KEEPALIVE = 45_000; // ms of silence before the kernel asks whether the peer is still there
 const NO_ANSWER = 55_000; // ms without a sign of life of a peer that cannot be reached
 const MAX_GATHER = 1; // ms that a line may wait for others, to leave together with them
-const MAX_REST = 50; // ms that it may wait while a very large room rests from a flush
+const MAX_REST = 50; // ms that news of who comes and goes may wait in a very large room
 const SPARE_SOCKETS = 64; // descriptors beyond the clients': files, and those who are being refused
 
 /** What `startServer` can be told. */
@@ -60,7 +60,7 @@ class Client {
   refusal = ""; // why it will be turned away, known from its first moment
   name = "";
   address = "";
-  deadline = performance.now() + LOBBY_DEADLINE; // ms; the end of patience outside the room
+  deadline = performance.now() + LOBBY_DEADLINE; // ms; in the room the next look if it is there
   finished = false; // its FIN has come; what it sent before is still to be read
   unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
   heldBack = false; // not read from for a while, because it has sent too fast
@@ -80,8 +80,8 @@ class Room {
   refused = 0; // of the connections, those that are only told why they cannot enter
   addresses = new Map<string, number>(); // the other connections, from each
   batch = ""; // what this turn says to everybody
-  flushing = false; // a flush is scheduled
-  restUntil = 0; // ms; no flush before then
+  nextFlush: "none" | "later" | "soon" = "none";
+  restUntil = 0; // ms; before then none for the sake of who comes and goes
   roster: string | null = null; // the line with all names; null while it is out of date
   received = 0; // chunks since the start, by which one sees whether more are coming
   constructor(readonly options: ServerOptions) {}
@@ -147,7 +147,6 @@ function refuseName(room: Room, client: Client, name: string): string | null {
 /** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
 const foldName = (name: string) =>
   name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase().normalize("NFKC");
-
 const roster = (room: Room) =>
   (room.roster ??= `* The room contains: ${room.clients.map(({ name }) => name).join(", ")}`);
 
@@ -187,10 +186,11 @@ function closed(room: Room, client: Client): void {
 /** Looks once a second for those who take too long to give their name or to close, or are gone. */
 function sweep(room: Room): void {
   for (const client of room.connections) {
-    const late = client.phase !== "joined" && performance.now() >= client.deadline;
-    if (late && client.phase === "naming")
+    if (performance.now() < client.deadline) continue;
+    if (client.phase === "naming")
       dismiss(room, client, `* You gave no name within ${LOBBY_DEADLINE / 1000} seconds.`);
-    else if (late || hasVanished(client.socket)) client.socket.terminate();
+    else if (client.phase !== "joined" || hasVanished(client.socket)) client.socket.terminate();
+    else client.deadline += NO_ANSWER / 10;
   }
 }
 
@@ -280,14 +280,14 @@ export function broadcastMessage(room: Room, line: string, sender?: Client): voi
   if (sender) addToShare(sender, room.batch);
   room.batch += line + "\n";
   if (sender) sender.shared = room.batch.length;
-  scheduleFlush(room);
+  scheduleFlush(room, sender !== undefined);
 }
 
 /** Says a line to one client, after all that it has been sent so far. */
 function tell(room: Room, client: Client, line: string): void {
   if (client.phase !== "joined") return send(client, Buffer.from(line + "\n"));
   addToShare(client, room.batch, line + "\n");
-  scheduleFlush(room);
+  scheduleFlush(room, true);
 }
 
 /** Gives a client its own version of the batch up to here, with an answer behind it. */
@@ -303,13 +303,13 @@ function takeShare(client: Client, batch: string): Buffer {
   return Buffer.from(share);
 }
 
-function scheduleFlush(room: Room): void {
-  if (room.flushing) return;
-  room.flushing = true;
-  // A flush is a system call per client: a large room rests half as long before the next one.
-  const rest = room.restUntil - performance.now();
-  if (rest >= 1) setTimeout(gather, rest, room);
-  else gather(room);
+/** A flush is a system call per client. For news of who comes and goes a large room rests first. */
+function scheduleFlush(room: Room, urgent: boolean): void {
+  if (room.nextFlush === "soon" || (room.nextFlush === "later" && !urgent)) return;
+  const rest = urgent ? 0 : room.restUntil - performance.now();
+  room.nextFlush = rest < 1 ? "soon" : "later";
+  if (rest < 1) gather(room);
+  else setTimeout(scheduleFlush, rest, room, true);
 }
 
 /** Looks at all sockets once a turn, and flushes when that has brought nothing a few times. */
@@ -324,7 +324,7 @@ function flush(room: Room, limit = MAX_QUEUE): void {
   const { batch } = room;
   const bytes = Buffer.from(batch);
   room.batch = "";
-  room.flushing = false;
+  room.nextFlush = "none";
   // A copy, because a removal moves the others up. What is said about it goes into the next batch.
   for (const client of [...room.clients]) {
     const lagged = client.queued > 0;
@@ -334,7 +334,7 @@ function flush(room: Room, limit = MAX_QUEUE): void {
     removeClient(room, client, " (too slow)");
     client.socket.terminate();
   }
-  room.restUntil = performance.now() + Math.min((performance.now() - started) / 2, MAX_REST);
+  room.restUntil = performance.now() + Math.min(performance.now() - started, MAX_REST);
 }
 
 /** Hands bytes to the kernel. What it does not take waits in the client's queue for `drain`. */
