@@ -4,563 +4,547 @@
  *
  *     bun chat.bench.ts             takes about a minute
  *     bun chat.bench.ts --quick     takes ten seconds and is less exact
- *     bun chat.bench.ts --peer 'NAME=COMMAND {port}'     adds another Budget Chat server
  *
  * Each server is a process of its own. This process is the crowd: a socket for each of its people,
  * who speak, and count what arrives. The servers take turns, so that a machine that is busy with
  * something else for a while is unfair to all of them. The figure to trust is the CPU time that the
  * server spends on each line that it delivers to somebody: it depends least on who else uses the
- * machine. A run in which a line is missing or doubled gives no figures, and the benchmark fails.
+ * machine. The benchmark fails as soon as a line is missing or doubled.
  */
 
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { cpus, release, type } from "node:os";
 import { parseArgs } from "node:util";
-import type { Socket, Subprocess } from "bun";
-
-const QUIET = 20; // ms without a byte after which no more is to be expected
-const HOST = "127.0.0.1";
-const NAME = "user00000"; // all names are as long
+import type { Socket, SocketHandler, Subprocess } from "bun";
 
 // --- The servers -------------------------------------------------------------------------------
 
-type Contender = { name: string; protocol: Protocol; command: string[] };
-
-/** How to take part in a room that need not be a chat. Every {text} has 40 characters. */
-type Protocol = {
-  greeting: string; // the end of what one waits for before one joins
+/** A server, and how to take part in its room, which need not be a chat. */
+type Contender = {
+  name: string;
+  command: string;
   join: string;
-  joined: string; // the end of what comes next, and then one has joined
-  say: string;
+  joined: RegExp; // what has come when one has joined
+  say: string; // {text} has 40 characters
   heard: string; // what the others hear of it
-  reply?: string; // what comes back to the one who has said it
+  echo?: boolean; // whether the one who said it hears it too
   aside?: string; // what comes now and then besides
   most?: number; // people that it can hold
 };
 
-const BUDGET_CHAT: Protocol = {
-  greeting: "\n",
-  join: "{name}\n",
-  joined: "\n",
-  say: "{text}\n",
-  heard: "[{name}] {text}\n",
-};
-
-// With RESP3 a subscriber may publish. It hears itself too, and then how many have heard it.
-const REDIS: Protocol = {
-  greeting: "",
-  join: "HELLO 3\r\nSUBSCRIBE room\r\n",
-  joined: "room\r\n:1\r\n",
-  say: "*3\r\n$7\r\nPUBLISH\r\n$4\r\nroom\r\n$40\r\n{text}\r\n",
-  heard: ">3\r\n$7\r\nmessage\r\n$4\r\nroom\r\n$40\r\n{text}\r\n",
-  reply: ">3\r\n$7\r\nmessage\r\n$4\r\nroom\r\n$40\r\n{text}\r\n:{people}\r\n",
-};
-
-const NATS: Protocol = {
-  greeting: "\n",
-  join: 'CONNECT {"verbose":false,"echo":false}\r\nSUB room 1\r\nPING\r\n',
-  joined: "PONG\r\n",
-  say: "PUB room 40\r\n{text}\r\n",
-  heard: "MSG room 1 40\r\n{text}\r\n",
-  aside: "PING\r\n",
-};
-
-const NCAT: Protocol = {
-  greeting: "",
-  join: "",
-  joined: "",
-  say: "{text}\n",
-  heard: "{text}\n",
-  most: 1000, // it uses select(2), which ends at 1024 descriptors
-};
-
 /** The room as everybody writes it first, with a write per message and client. */
-function naiveRoom(port: number): void {
+async function naiveRoom(port: number): Promise<void> {
+  const { createServer } = await import("node:net");
   const people = new Map<NodeJS.WritableStream, string>();
-  const broadcast = (line: string, sender: NodeJS.WritableStream) => {
-    for (const person of people.keys()) if (person !== sender) person.write(line);
-  };
-  const { createServer } = process.getBuiltinModule("node:net");
   const server = createServer({ noDelay: true }, (socket) => {
+    const broadcast = (line: string) => {
+      for (const person of people.keys()) if (person !== socket) person.write(line);
+    };
+    const take = (line: string) => {
+      if (people.has(socket)) return broadcast(`[${people.get(socket)}] ${line}\n`);
+      socket.write(`* The room contains: ${[...people.values()].join(", ")}\n`);
+      people.set(socket, line);
+      broadcast(`* ${line} has joined the chat\n`);
+    };
     let rest = "";
     socket.write("Welcome to the chat! What is your name?\n");
     socket.on("data", (chunk) => {
       const lines = (rest + chunk).split("\n");
       rest = lines.pop() ?? "";
-      for (const line of lines) {
-        const name = people.get(socket);
-        if (name) broadcast(`[${name}] ${line}\n`, socket);
-        else {
-          socket.write(`* The room contains: ${[...people.values()].join(", ")}\n`);
-          people.set(socket, line);
-          broadcast(`* ${line} has joined the chat\n`, socket);
-        }
-      }
+      lines.forEach(take);
     });
     socket.on("error", () => {}).on("close", () => people.delete(socket));
   });
-  server.listen({ port, host: "127.0.0.1", backlog: 512 });
+  server.listen(port, "127.0.0.1", 512);
 }
 
+const HOST = "127.0.0.1";
 const OURS = "bun-chat";
-const CONTENDERS = [
-  contender(OURS, BUDGET_CHAT, "{bun} {server} --quiet --rate 0 --max-clients 20000 --port {port}"),
-  contender("naive, Bun", BUDGET_CHAT, "{bun} -e {naive}"),
-  contender("naive, Node", BUDGET_CHAT, "node -e {naive}"),
-  contender(
-    "redis-server",
-    REDIS,
-    "redis-server --bind 127.0.0.1 --maxclients 15000 --port {port}",
-  ),
-  contender("nats-server", NATS, "nats-server -a 127.0.0.1 -p {port}"),
-  contender("ncat --broker", NCAT, "ncat -l 127.0.0.1 {port} --broker --max-conns 15000"),
+const BUDGET_CHAT = {
+  join: "{name}\n",
+  joined: /^.*\n.*\n/, // the greeting and the roster
+  say: "{text}\n",
+  heard: "[{name}] {text}\n",
+};
+const CONTENDERS: Contender[] = [
+  { name: OURS, command: "{bun} {server} --quiet --rate 0 --port {port}", ...BUDGET_CHAT },
+  { name: "naive, Bun", command: "{bun} -e {naive}", ...BUDGET_CHAT },
+  { name: "naive, Node", command: "node -e {naive}", ...BUDGET_CHAT },
+  {
+    name: "redis-server",
+    command: "redis-server --bind 127.0.0.1 --port {port}",
+    join: "HELLO 3\r\nCLIENT REPLY OFF\r\nSUBSCRIBE room\r\n", // RESP3 lets a subscriber publish
+    joined: /^[^]*room\r\n:1\r\n/,
+    say: "*3\r\n$7\r\nPUBLISH\r\n$4\r\nroom\r\n$40\r\n{text}\r\n",
+    heard: ">3\r\n$7\r\nmessage\r\n$4\r\nroom\r\n$40\r\n{text}\r\n",
+    echo: true,
+  },
+  {
+    name: "nats-server",
+    command: "nats-server -a 127.0.0.1 -p {port}",
+    join: 'CONNECT {"verbose":false,"echo":false}\r\nSUB room 1\r\nPING\r\n',
+    joined: /^[^]*PONG\r\n/,
+    say: "PUB room 40\r\n{text}\r\n",
+    heard: "MSG room 1 40\r\n{text}\r\n",
+    aside: "PING\r\n",
+  },
+  {
+    name: "ncat --broker",
+    command: "ncat --broker -l 127.0.0.1 {port} -m 1010",
+    join: "",
+    joined: /^/,
+    say: "{text}\n",
+    heard: "{text}\n",
+    most: 1_000, // it uses select(2), which ends at 1024 descriptors
+  },
 ];
 
-function contender(name: string, protocol: Protocol, command: string): Contender {
-  const words = new Map([
+/** The words of a contender's command, by which it listens on `port` of 127.0.0.1. */
+function commandLine({ command }: Contender, port: number): string[] {
+  const values = new Map([
     ["{bun}", process.execPath],
     ["{server}", `${import.meta.dir}/server.ts`],
-    ["{naive}", `(${naiveRoom})({port})`],
+    ["{naive}", `(${naiveRoom})(${port})`],
   ]);
-  const line = command.trim().split(/\s+/);
-  return { name, protocol, command: line.map((word) => words.get(word) ?? word) };
+  const words = command.trim().split(/\s+/);
+  return words.map((word) => values.get(word) ?? word.replace("{port}", `${port}`));
 }
 
-type Server = { contender: Contender; port: number; process: Subprocess; started: number };
+const isInstalled = (contender: Contender) =>
+  Bun.which(commandLine(contender, 0)[0] ?? "") !== null;
 
-const running = new Set<Subprocess>();
+// --- Options -----------------------------------------------------------------------------------
 
-/** Starts a server. It is there as soon as it can be connected to, after `started` ms. */
-async function start(contender: Contender): Promise<Server> {
+const LINES_A_SECOND = 200; // of all people together, in an evening
+
+const USAGE = `Usage: bun chat.bench.ts [options]
+
+Measures the server beside this file against the naive room, whatever else is installed of Node,
+Redis, NATS and ncat, and the peers that you name.
+
+  conversation   some of the people speak, each its next line when its last has come through
+  burst          the same with 50 lines of each speaker on their way
+  evening        ${LINES_A_SECOND} lines a second in all, whether they come through or not
+  arrival        many join, 200 at a time, and then sit there in silence
+
+Latency ends when the last who joined hears a line, in an evening the first. Who is near 100 %,
+server or crowd, is the limit; in an evening "late" is how many ms the crowd was late to speak.
+
+  --quick                        takes ten seconds, with fewer people and a single round
+  --json                         prints the figures as JSON
+  --peer 'NAME=COMMAND {port}'   adds another Budget Chat server, and may be repeated
+  --help                         shows this text`;
+
+const options = readOptions();
+// Times are in ms. Patience is what a server has for a run beyond the talking, and ours ten times of
+// it; a server that has used up its budget gets no more rounds of a workload.
+const FULL = { rounds: 5, talk: 120, evening: 320, many: 1_000, arrivals: 5_000, rest: 800 };
+const QUICK = { rounds: 1, talk: 50, evening: 200, many: 200, arrivals: 1_500, rest: 200 };
+const SCALE = options.quick
+  ? { ...QUICK, patience: 600, budget: 600 }
+  : { ...FULL, patience: 2_000, budget: 1_500 };
+
+function readOptions() {
+  try {
+    if (!existsSync("/proc/self/schedstat")) throw new Error("The benchmark needs Linux's /proc");
+    const { values } = parseArgs({
+      options: {
+        quick: { type: "boolean", default: false },
+        json: { type: "boolean", default: false },
+        peer: { type: "string", multiple: true, default: [] },
+        help: { type: "boolean", default: false },
+      },
+    });
+    if (!values.help) return { ...values, peers: values.peer.map(readPeer) };
+  } catch (error) {
+    const [what] = (error instanceof Error ? error.message : String(error)).split(/\.\s/);
+    console.error(`${what}. See bun chat.bench.ts --help.`);
+    process.exit(2);
+  }
+  console.log(USAGE);
+  process.exit(0);
+}
+
+function readPeer(text: string): Contender {
+  const [, name = "", command = ""] = /^(.+?)=(.*{port}.*)$/.exec(text) ?? [];
+  const peer = { name, command, ...BUDGET_CHAT };
+  if (isInstalled(peer)) return peer;
+  throw new Error(`--peer takes 'NAME=COMMAND {port}' with a program that exists, not "${text}"`);
+}
+
+// --- A server and its crowd --------------------------------------------------------------------
+
+/** A server, and what its crowd has in common. */
+class Room {
+  startTime = 0; // ms
+  cpuTimes = new Map<string, number>(); // ms, of each thread that it has or had
+  people: Socket<Person>[] = []; // those who have joined, in that order
+  total = 0; // lines that were said in this run
+  constructor(
+    readonly contender: Contender,
+    readonly port: number,
+    readonly server: Subprocess,
+  ) {}
+}
+
+/** One of the crowd. It is `socket.data` of its socket. */
+class Person {
+  bytes = 0; // that came since it joined, or since the run began
+  spoken: number[] = []; // when it said its lines in this run
+  hear: ((text: string) => void) | undefined; // set while it listens to every word
+  constructor(readonly room: Room) {}
+}
+
+const QUIET = 10; // ms in which nothing may come after all that was to come
+const IDLE = 200; // ms in which one sees whether a server is still at work
+
+const running = new Set<Room>();
+const CORES = /Cpus_allowed_list:\s*(.*)/.exec(readFileSync("/proc/self/status", "utf8"))?.[1];
+const [SERVER_CORE = "0", CROWD_CORE = SERVER_CORE] = CORES?.match(/^\d+|\d+$/g) ?? [];
+
+const TOO_SLOW = new Error("too slow");
+
+function fail({ contender }: Room, why: string): never {
+  progress("");
+  console.error(`${contender.name}: ${why}`);
+  process.exit(1);
+}
+
+/** Starts a server, and waits until it can be connected to. */
+async function start(contender: Contender): Promise<Room> {
   const free = Bun.listen({ hostname: HOST, port: 0, socket: { data() {} } });
   const { port } = free;
   free.stop(true);
+  const command = ["taskset", "-c", SERVER_CORE, ...commandLine(contender, port)];
   const begin = performance.now();
-  const command = contender.command.map((word) => word.replace("{port}", `${port}`));
-  const server = Bun.spawn([...CORES.server, ...command], {
-    stdio: ["ignore", "ignore", "ignore"],
-  });
-  running.add(server);
+  const server = Bun.spawn(command, { stdio: ["ignore", "ignore", "ignore"] });
+  const room = new Room(contender, port, server);
+  running.add(room);
   for (;;) {
-    const started = performance.now() - begin;
+    room.startTime = performance.now() - begin;
     try {
       (await Bun.connect({ hostname: HOST, port, socket: { data() {} } })).terminate();
-      return { contender, port, process: server, started };
+      return room;
     } catch {
-      if (server.exitCode !== null || started > SCALE.patience)
-        throw new Error("it does not start");
+      if (server.exitCode !== null || room.startTime > 5_000) fail(room, "it does not start");
       await Bun.sleep(1);
     }
   }
 }
 
-/** What puts the server on the first core that this process may use, and the crowd on the last. */
-const CORES = (() => {
-  const own = `${process.pid}`;
-  const list = Bun.which("taskset") ? Bun.spawnSync(["taskset", "-cp", own]).stdout : "";
-  const [first, last] = /: (\d+).*?(\d+)$/.exec(list.toString().trim())?.slice(1) ?? [];
-  if (!first || !last) return { server: [], crowd: [] };
-  return { server: ["taskset", "-c", first], crowd: ["taskset", "-acp", last, own] };
-})();
-
-// --- What a process costs ----------------------------------------------------------------------
-
-const PROC = existsSync("/proc/self/schedstat");
-
-/** The CPU time in ns of each thread of a process; without /proc that of all together, under 0. */
-function cpuTime({ process: { pid } }: Server): Map<number, number> {
-  const times = new Map<number, number>();
-  if (!PROC) {
-    const parts = ps("time", pid).split(":"); // 0:00.97, to the hundredth of a second
-    return times.set(0, 1e9 * parts.reduce((sum, part) => 60 * sum + Number(part), 0));
-  }
-  for (const thread of readdirSync(`/proc/${pid}/task`))
-    try {
-      const [time] = readFileSync(`/proc/${pid}/task/${thread}/schedstat`, "utf8").split(" ");
-      times.set(Number(thread), Number(time));
-    } catch {
-      // The thread has just ended.
-    }
-  return times;
+function stop(room: Room): void {
+  running.delete(room);
+  room.server.kill("SIGKILL");
+  for (const socket of room.people) socket.terminate();
 }
 
-/** The CPU time in ns that a server has used since `before`. */
-function cpuSince(before: Map<number, number>, server: Server): number {
-  let sum = 0;
-  for (const [thread, time] of cpuTime(server)) sum += time - (before.get(thread) ?? 0);
-  return sum;
-}
-
-/** Whether a server is at work, and not just waiting. */
-async function isBusy(server: Server): Promise<boolean> {
-  const before = cpuTime(server);
-  await Bun.sleep(200);
-  return cpuSince(before, server) > 20e6;
-}
-
-/** Resident memory in KiB. */
-function memory({ process: { pid } }: Server): number {
-  if (!PROC) return Number(ps("rss", pid));
-  return Number(/VmRSS:\s*(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]);
-}
-
-function ps(column: string, pid: number): string {
-  return Bun.spawnSync(["ps", "-o", `${column}=`, "-p", `${pid}`])
-    .stdout.toString()
-    .trim();
-}
-
-// --- The crowd ---------------------------------------------------------------------------------
-
-/** All who are connected to one server. */
-class Crowd {
-  people: Socket<Person>[] = []; // those who have joined, in that order
-  fault = ""; // the first thing that went wrong
-  over = false;
-
-  constructor(readonly server: Server) {}
-}
-
-/** One of them. It is `socket.data` of its socket. */
-class Person {
-  text: string | null = ""; // what came first, until it had joined
-  waiting = true; // for the greeting
-  roster = 0; // bytes that came in answer to its joining
-  bytes = 0; // that came later, or since the run began
-  said = 0; // lines in this run
-  hear: ((text: string) => void) | undefined; // set for those who listen to every word
-
-  constructor(
-    readonly crowd: Crowd,
-    readonly name: string,
-  ) {}
-}
-
-const HANDLERS: Bun.SocketHandler<Person> = {
-  open: (socket) => approach(socket, ""),
-  data(socket, chunk) {
-    const person = socket.data;
-    if (person.text !== null) return approach(socket, person.text + chunk.toString("latin1"));
+const HANDLERS: SocketHandler<Person> = {
+  data({ data: person }, chunk) {
     person.bytes += chunk.length;
     person.hear?.(chunk.toString("latin1"));
   },
-  close({ data: { crowd } }) {
-    if (!crowd.over) crowd.fault ||= "it closed a connection";
+  close({ data: { room } }) {
+    if (running.has(room)) fail(room, "it closed a connection");
   },
 };
 
-/** Lets `count` people join, so many at a time, or as many as can before the patience is over. */
-async function assemble(server: Server, count: number, atATime: number): Promise<Crowd> {
-  const crowd = new Crowd(server);
-  const end = performance.now() + SCALE.patience;
-  for (let next = 0; crowd.people.length < count && !crowd.fault; await Bun.sleep(1)) {
-    if (performance.now() > end) return crowd;
-    for (; next < Math.min(crowd.people.length + atATime, count); next++) {
-      const data = new Person(crowd, NAME.slice(0, -`${next}`.length) + next);
-      Bun.connect({ hostname: HOST, port: server.port, data, socket: HANDLERS }).catch((error) => {
-        crowd.fault ||= String(error);
-      });
-    }
-  }
-  return crowd;
-}
-
-/** Goes on with somebody's joining, of which `text` has come so far. */
-function approach(socket: Socket<Person>, text: string): void {
-  const person = socket.data;
-  const { people, server } = person.crowd;
-  const { greeting, join, joined } = server.contender.protocol;
-  person.text = text;
-  const greeted = text.indexOf(greeting);
-  if (greeted === -1) return;
-  if (person.waiting) send(socket, join.replace("{name}", person.name));
-  person.waiting = false;
-  const end = text.indexOf(joined, greeted + greeting.length);
-  if (end === -1) return;
-  person.roster = end - greeted;
-  person.bytes = text.length - end - joined.length;
-  person.text = null;
-  people.push(socket);
-}
-
 function send(socket: Socket<Person>, text: string): void {
-  if (socket.write(text) !== text.length) socket.data.crowd.fault ||= "it does not read";
+  if (socket.write(text) !== text.length) fail(socket.data.room, "it does not read");
 }
 
-/** Waits until no byte has come for `quiet` ms. Returns when the last one came. */
-async function settle({ people }: Crowd, quiet: number): Promise<number> {
-  let [last, bytes] = [performance.now(), -1];
-  while (performance.now() < last + quiet) {
-    await Bun.sleep(1);
-    const now = people.reduce((sum, { data }) => sum + data.bytes, 0);
-    if (now !== bytes) [last, bytes] = [performance.now(), now];
+const NAME = "user00000"; // all names are as long
+
+async function join(room: Room, name: string): Promise<void> {
+  const { people, port, contender } = room;
+  const data = new Person(room);
+  let answer = "";
+  data.hear = (chunk) => {
+    answer += chunk;
+    const joined = contender.joined.exec(answer)?.[0];
+    if (joined === undefined) return;
+    data.hear = undefined;
+    data.bytes -= joined.length;
+    people.push(socket);
+  };
+  const socket = await Bun.connect({ hostname: HOST, port, data, socket: HANDLERS });
+  send(socket, contender.join.replace("{name}", name));
+  data.hear?.(""); // there may be no answer to wait for
+}
+
+/** Lets `count` people join, so many at a time. Returns when all had heard of all others. */
+function fill(room: Room, count: number, atATime: number, patience?: number) {
+  const { contender, people } = room;
+  let next = 0;
+  const isComplete = () => {
+    for (; next < Math.min(people.length + atATime, count); next++)
+      join(room, NAME.slice(0, -`${next}`.length) + next).catch((error) => {
+        if (running.has(room)) fail(room, error.message);
+      });
+    if (people.length < count || contender.heard !== BUDGET_CHAT.heard)
+      return people.length === count;
+    // The last who joined hears of nobody's coming, the last but one of one, and so on.
+    const heard = people.map(({ data }) => data.bytes).sort((a, b) => a - b);
+    return heard.every((bytes, i) => bytes === i * (heard[1] ?? NaN));
+  };
+  return settle(room, isComplete, patience);
+}
+
+/** Waits until all has come that is to come, and no more. Returns when that was. */
+async function settle(room: Room, isComplete: () => boolean, patience = SCALE.patience) {
+  const deadline = performance.now() + patience * (room.contender.name === OURS ? 10 : 1);
+  for (; !isComplete(); await Bun.sleep(1)) {
+    if (performance.now() < deadline) continue;
+    const before = usage(room);
+    await Bun.sleep(IDLE);
+    if (isComplete() || usage(room, before).server > IDLE / 10) throw TOO_SLOW;
+    fail(room, "a line is missing, or came twice"); // for it has nothing more to do
   }
-  return last;
+  const end = performance.now();
+  await Bun.sleep(QUIET);
+  if (!isComplete()) fail(room, "a line came twice");
+  return end;
 }
 
-/**
- * In a chat all names are in the rosters or announced later, each just once: so from each who has
- * joined to the next, rosters grow and what comes later shrinks by the same number of bytes.
- */
-function checkArrival({ people, server: { contender } }: Crowd): string {
-  const arrivals = people.map(({ data }) => data).sort((a, b) => a.roster - b.roster);
-  const [, second, third] = arrivals;
-  if (contender.protocol !== BUDGET_CHAT || !second || !third) return "";
-  const [line, name] = [second.bytes - third.bytes, third.roster - second.roster];
-  const wrong = arrivals.filter(({ bytes, roster }, i) => {
-    if (i > 0 && roster !== second.roster + name * (i - 1)) return true;
-    return bytes !== line * (people.length - 1 - i) || line === 0;
-  });
-  return wrong.length > 0 ? `${wrong.length} people did not hear of all others just once` : "";
+// --- What it costs -----------------------------------------------------------------------------
+
+type Usage = { time: number; server: number; crowd: number; memory: number };
+
+/** The time, the CPU times of server and crowd (all in ms since `before`), and memory (KiB). */
+function usage({ server: { pid }, cpuTimes }: Room, before?: Usage): Usage {
+  for (const thread of readdirSync(`/proc/${pid}/task`))
+    try {
+      const schedstat = readFileSync(`/proc/${pid}/task/${thread}/schedstat`, "utf8");
+      cpuTimes.set(thread, parseInt(schedstat) / 1e6);
+    } catch {
+      // The thread has just ended: what it had used by then still counts.
+    }
+  const server = cpuTimes.values().reduce((sum, time) => sum + time, 0);
+  const { user, system } = process.cpuUsage();
+  const resident = /VmRSS:\s*(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1];
+  return {
+    time: performance.now() - (before?.time ?? 0),
+    server: server - (before?.server ?? 0),
+    crowd: (user + system) / 1000 - (before?.crowd ?? 0),
+    memory: Number(resident),
+  };
 }
 
-function dissolve(crowd: Crowd): void {
-  crowd.over = true;
-  crowd.server.process.kill("SIGKILL");
-  for (const socket of crowd.people) socket.terminate();
+/** Figures of a run by their titles, in the order of the tables, the most telling one first. */
+type Samples = { [title: string]: number | number[] };
+type Figures = { [title: string]: number };
+
+/** Of the samples of all runs the percentile that the title names, or else the median. */
+function summarize(runs: Samples[]): Figures {
+  const figures: Figures = {};
+  for (const title of Object.keys(runs[0] ?? {})) {
+    const samples = runs.flatMap((run) => run[title] ?? []).sort((a, b) => a - b);
+    const percent = Number(/\bp([\d.]+)/.exec(title)?.[1] ?? 50);
+    figures[title] = samples[Math.floor((samples.length * percent) / 100)] ?? NaN;
+  }
+  return { ...figures, rounds: runs.length };
 }
 
-// --- Talking -----------------------------------------------------------------------------------
+// --- The workloads -----------------------------------------------------------------------------
 
-type Talk = {
-  title: string;
-  people: number;
-  speakers: number;
-  inFlight: number; // lines of a speaker on their way, of which one must come through before the next
-  perSecond: number; // lines of all speakers a second, whether or not they come through
-  duration: number; // ms
-};
-
-type Figures = { [title: string]: number }; // as in the tables, the most telling one first
-
-/** A line of 40 characters that says which speaker's it is, and the how manieth of this run. */
+/** A line of 40 characters that says which of the people says it, and the how manieth it is. */
 function compose(speaker: number, serial: number): string {
-  const numbers = String(speaker).padStart(4, "0") + String(serial).padStart(7, "0");
-  return `#${numbers} what a lovely evening it is`;
+  return `what a lovely evening it is ${`${speaker}`.padStart(4, "0")}${`${serial}`.padStart(7, "0")}#`;
 }
 
-/** A talk while it lasts. */
-class Run {
-  speakers: Socket<Person>[]; // they sit all over the room
-  spoken: number[][]; // when each speaker said its lines, in ms
-  total = 0; // lines
-  latencies: number[] = []; // ms from saying a line to hearing it
-  begin = performance.now();
-  end: number; // ms; nothing is said after it
-
-  constructor(
-    readonly crowd: Crowd,
-    readonly talk: Talk,
-  ) {
-    const every = crowd.people.length / talk.speakers;
-    this.speakers = crowd.people.filter((_, i) => i % every === 0);
-    this.spoken = this.speakers.map(() => []);
-    this.end = this.begin + talk.duration;
-    for (const { data } of crowd.people) [data.bytes, data.said, data.hear] = [0, 0, undefined];
-  }
-}
-
-/** Lets a speaker say so many lines, with one write. */
-function say(run: Run, index: number, lines: number): void {
-  const [speaker, times] = [run.speakers[index], run.spoken[index]];
-  if (!speaker || !times) return;
-  const { protocol } = run.crowd.server.contender;
-  let text = "";
-  for (let i = 0; i < lines; i++) {
-    text += protocol.say.replace("{text}", compose(index, times.length));
-    times.push(performance.now());
-  }
-  run.total += lines;
-  speaker.data.said += lines;
-  send(speaker, text);
-}
-
-/** Makes one understand every word: are these the right lines, how late are they, who is next? */
-function listen(run: Run, person: Person): void {
-  const { crowd, talk, spoken, latencies } = run;
-  const heard = spoken.map(() => 0); // lines of each speaker
-  let rest = "";
-  person.hear = (chunk) => {
-    const now = performance.now();
-    const text = rest + chunk;
-    const news = new Map<number, number>();
-    let at = text.indexOf("#");
-    for (; at !== -1 && at + 12 <= text.length; at = text.indexOf("#", at + 12)) {
-      const speaker = Number(text.slice(at + 1, at + 5));
-      const serial = Number(text.slice(at + 5, at + 12));
-      const next = heard[speaker] ?? NaN;
-      if (serial !== next) crowd.fault ||= `line ${serial} of a speaker came instead of ${next}`;
-      heard[speaker] = serial + 1;
-      latencies.push(now - (spoken[speaker]?.[serial] ?? NaN));
-      news.set(speaker, (news.get(speaker) ?? 0) + 1);
-    }
-    rest = at === -1 ? "" : text.slice(at);
-    if (talk.inFlight && now < run.end) for (const [index, lines] of news) say(run, index, lines);
-  };
-}
-
-/** How many bytes each has yet to hear: of what the others said, and in reply to its own lines. */
-function missing({ crowd: { people, server }, total }: Run): number[] {
-  const { heard, reply = "" } = server.contender.protocol;
-  const length = (text: string) =>
-    text
-      .replace("{text}", compose(0, 0))
-      .replace("{name}", NAME)
-      .replace("{people}", `${people.length}`).length;
-  const [line, own] = [length(heard), length(reply)];
-  return people.map(({ data }) => (total - data.said) * line + data.said * own - data.bytes);
+/** Lets one of the people say so many lines, with one write. */
+function say(room: Room, speaker: number, lines: number): void {
+  const socket = room.people[speaker];
+  if (!socket || lines <= 0) return;
+  const now = performance.now();
+  const { spoken } = socket.data;
+  const next = () => room.contender.say.replace("{text}", compose(speaker, spoken.push(now) - 1));
+  room.total += lines;
+  send(socket, Array.from({ length: lines }, next).join(""));
 }
 
 /**
- * One run of a talk. Most people only count bytes. Some listen to every word: one in 50, or where
- * lines wait for others only the last who joined, who as a rule is the last to hear.
- *
- * @returns a word instead of figures if the server is too slow
- * @throws if a line is missing or doubled
+ * Makes one of the people understand every word, and call `answer` with the lines heard of each.
+ * Returns the latencies in ms, as they come.
  */
-async function converse(crowd: Crowd, talk: Talk): Promise<Figures | string> {
-  const { people, server } = crowd;
-  const { reply, aside = "" } = server.contender.protocol;
-  const run = new Run(crowd, talk);
-  const every = talk.inFlight ? people.length : 50;
-  for (const [i, { data }] of people.entries()) if ((i + 1) % every === 0) listen(run, data);
-  const ownTime = process.cpuUsage();
-  const times = cpuTime(server);
-  for (const index of run.speakers.keys()) if (talk.inFlight) say(run, index, talk.inFlight);
-  for (; performance.now() < run.end && !crowd.fault; await Bun.sleep(1)) {
-    const due = ((performance.now() - run.begin) / 1000) * talk.perSecond;
-    while (run.total < due) say(run, run.total % talk.speakers, 1);
-  }
-
-  const complete = () => missing(run).every((bytes) => bytes <= 0);
-  while (!complete() && !crowd.fault && performance.now() < run.end + SCALE.patience)
-    await Bun.sleep(1);
-  const took = performance.now() - run.begin;
-  const cpu = cpuSince(times, server);
-  const { user, system } = process.cpuUsage(ownTime);
-  await settle(crowd, QUIET);
-  const wrong = missing(run).filter((bytes) => bytes > 0 || bytes % (aside.length || Infinity));
-  if (wrong.length > 0 && !crowd.fault && (await isBusy(server))) return "too slow";
-  if (wrong.length > 0) {
-    const lines = Math.max(...wrong) > 0 ? "lines are missing" : "lines came twice";
-    crowd.fault ||= `${lines}, for ${wrong.length} of ${people.length} people`;
-  }
-  if (crowd.fault) throw new Error(crowd.fault);
-
-  const delivered = run.total * (reply ? people.length : people.length - 1);
-  const latencies = run.latencies.sort((a, b) => a - b);
-  const percentile = (share: number) => latencies[Math.floor(share * latencies.length)] ?? NaN;
-  return {
-    "µs/line": cpu / 1000 / delivered,
-    "lines/s": delivered / (took / 1000),
-    "p50 ms": percentile(0.5),
-    "p99 ms": percentile(0.99),
-    "p99.9 ms": percentile(0.999),
-    "server %": cpu / 1e4 / took,
-    "crowd %": (user + system) / 10 / took,
-  };
-}
-
-/** Lets the crowds talk in turns: a round for warming up, and then as many as a server has time. */
-async function compare(crowds: Map<string, Crowd | string>, talk: Talk): Promise<Rows> {
-  const rows: Rows = new Map();
-  const spent = new Map<string, number>(); // ms
-  const runs = new Map([...crowds.keys()].map((name): [string, Figures[]] => [name, []]));
-  for (let round = 0; round <= SCALE.rounds; round++)
-    for (const [name, crowd] of crowds) {
-      const figures = runs.get(name) ?? [];
-      const begin = performance.now();
-      if (typeof rows.get(name) === "string" || (spent.get(name) ?? 0) > SCALE.budget) continue;
-      progress(`${talk.title} ${talk.people}, round ${round} of ${SCALE.rounds}: ${name}`);
-      const run = async () => (typeof crowd === "string" ? crowd : converse(crowd, talk));
-      const result = await attempt(talk.title, name, run);
-      if (typeof result === "object" && round > 0) figures.push(result);
-      rows.set(name, typeof result === "string" ? result : median(figures));
-      if (round > 0) spent.set(name, (spent.get(name) ?? 0) + performance.now() - begin);
+function listen(room: Room, listener: number, answer?: (heard: number[]) => void): number[] {
+  const person = room.people.at(listener)?.data;
+  const heard = room.people.map(() => 0);
+  const latencies: number[] = [];
+  let rest = "";
+  const hear = (chunk: string) => {
+    const now = performance.now();
+    const lines = (rest + chunk).split("#");
+    rest = lines.pop() ?? "";
+    for (const line of lines) {
+      const [speaker, serial] = [Number(line.slice(-11, -7)), Number(line.slice(-7))];
+      if (serial !== heard[speaker]) fail(room, "a line is missing, or came twice");
+      heard[speaker] = serial + 1;
+      latencies.push(now - (room.people[speaker]?.data.spoken[serial] ?? NaN));
     }
-  return rows;
+    answer?.(heard);
+  };
+  if (person) person.hear = hear;
+  answer?.(heard);
+  return latencies;
 }
 
-// --- Arriving ----------------------------------------------------------------------------------
+function begin(room: Room): Usage {
+  room.total = 0;
+  for (const { data } of room.people)
+    Object.assign(data, { bytes: 0, spoken: [], hear: undefined });
+  return usage(room);
+}
 
-/** Lets people join a server of their own, 200 at a time, and then sit there in silence. */
-async function arrive(contender: Contender): Promise<Figures | string> {
-  const server = await start(contender);
-  const empty = memory(server);
-  const ownTime = process.cpuUsage();
-  const begin = performance.now();
-  const crowd = await assemble(server, SCALE.arrivals, 200);
-  const took = (await settle(crowd, QUIET)) - begin;
-  const { user, system } = process.cpuUsage(ownTime);
-  await settle(crowd, SCALE.silence);
-  const full = memory(server);
-  const times = cpuTime(server);
-  await Bun.sleep(SCALE.silence);
-  const idle = cpuSince(times, server);
-  dissolve(crowd);
-  if (!crowd.fault && crowd.people.length < SCALE.arrivals) return "too slow";
-  crowd.fault ||= checkArrival(crowd);
-  if (crowd.fault) throw new Error(crowd.fault);
+/** Waits until everybody has heard the lines of all others. Returns what that has cost. */
+async function finish(room: Room, before: Usage): Promise<Usage & { delivered: number }> {
+  const { people, total, contender } = room;
+  const { heard, echo, aside = "" } = contender;
+  const length = heard.replace("{text}", compose(0, 0)).replace("{name}", NAME).length;
+  const hasHeard = ({ data: { bytes, spoken } }: Socket<Person>) => {
+    const surplus = bytes - length * (echo ? total : total - spoken.length);
+    return surplus >= 0 && surplus % (aside.length || Infinity) === 0;
+  };
+  const end = await settle(room, () => people.every(hasHeard));
+  const delivered = total * (echo ? people.length : people.length - 1);
+  return { ...usage(room, before), time: end - before.time, delivered };
+}
+
+/** Each speaker goes on when the last who joined has heard one of its lines. */
+async function converse(room: Room, speakers: number, inFlight: number): Promise<Samples> {
+  const { people } = room;
+  const before = begin(room);
+  const every = Math.floor(people.length / speakers);
+  const latencies = listen(room, -1, (heard) => {
+    if (performance.now() > before.time + SCALE.talk) return;
+    // They sit all over the room, but the last who joined is none of them.
+    for (let i = every >> 1; i < people.length; i += every)
+      say(room, i, inFlight + (heard[i] ?? 0) - (people[i]?.data.spoken.length ?? 0));
+  });
+  await Bun.sleep(SCALE.talk);
+  const { time, server, crowd, delivered } = await finish(room, before);
   return {
-    seconds: took / 1000,
-    "KiB each": (full - empty) / SCALE.arrivals,
-    "idle %": idle / 1e4 / SCALE.silence,
-    "start ms": server.started,
-    "crowd %": (user + system) / 10 / took,
+    "µs/line": (server / delivered) * 1000,
+    "lines/s": (delivered / time) * 1000,
+    "p50 ms": latencies,
+    "p99 ms": latencies,
+    "server %": (server / time) * 100,
+    "crowd %": (crowd / time) * 100,
   };
 }
 
-// --- The report --------------------------------------------------------------------------------
+/**
+ * One after another speaks, whether the lines come through or not.
+ *
+ * In a room of 1000 that is 200,000 deliveries a second, and to read them all at once would make
+ * the latency the crowd's own. So only two listen: the first who joined hears what the server itself
+ * adds; before the last one hears a line, most servers make the system calls for all others. These
+ * leave what comes to the kernel, and count it when the talking is over: it is 5 KiB where Linux
+ * has room for 64, so nobody seems slow. The crowd does not sleep between the lines, because no
+ * timer is exact to less than a millisecond.
+ */
+async function spendEvening(room: Room): Promise<Samples> {
+  const before = begin(room);
+  const [first, last] = [listen(room, 0), listen(room, -1)];
+  const others = room.people.slice(1, -1);
+  const lateness: number[] = [];
+  for (const socket of others) socket.pause();
+  for (let due = before.time; due < before.time + SCALE.evening; due += 1000 / LINES_A_SECOND) {
+    while (performance.now() < due) await new Promise(setImmediate);
+    lateness.push(performance.now() - due);
+    say(room, 1 + (room.total % others.length), 1);
+  }
+  const bothHaveHeard = () => first.length === room.total && last.length === room.total;
+  const time = (await settle(room, bothHaveHeard)) - before.time;
+  for (const socket of others) socket.resume();
+  const { server, delivered } = await finish(room, before);
+  return {
+    "µs/line": (server / delivered) * 1000,
+    "p50 ms": first,
+    "p99 ms": first,
+    "p99.9 ms": first,
+    "last p50": last,
+    "server %": (server / time) * 100,
+    "late p99": lateness,
+  };
+}
 
-type Rows = Map<string, Figures | string>; // by contender; a word says why it has no figures
+/** Many join, 200 at a time, and then sit there in silence. */
+async function arrive(room: Room): Promise<Samples> {
+  const before = begin(room);
+  const time = (await fill(room, SCALE.arrivals, 200)) - before.time;
+  const { crowd } = usage(room, before);
+  // Garbage is collected some time after: silence counts from when memory has last become less.
+  let silence = usage(room);
+  do {
+    await Bun.sleep(50);
+    const now = usage(room);
+    if (now.memory < silence.memory) silence = now;
+  } while (performance.now() < silence.time + SCALE.rest);
+  const idle = usage(room, silence);
+  stop(room);
+  return {
+    seconds: time / 1000,
+    "KiB each": (silence.memory - before.memory) / SCALE.arrivals,
+    "idle %": (idle.server / idle.time) * 100,
+    "start ms": room.startTime,
+    "crowd %": (crowd / time) * 100,
+  };
+}
 
-const results: { [workload: string]: { [server: string]: Figures | string } } = {};
-const faults: string[] = [];
+type Workload = [title: string, people: number, run: (room: Room) => Promise<Samples>];
+const { many, arrivals } = SCALE;
+const WORKLOADS: Workload[] = [
+  ["conversation", 100, (room) => converse(room, 20, 1)],
+  ["burst", 100, (room) => converse(room, 20, 50)],
+  ["conversation", many, (room) => converse(room, 50, 1)],
+  ["evening", many, spendEvening],
+  ["burst", many, (room) => converse(room, 50, 50)],
+  ["arrival", arrivals, arrive],
+];
 
-/** Prints a table, with the ratio of its first figure to that of our server. */
-function report(workload: string, rows: Rows): void {
+// --- The tables --------------------------------------------------------------------------------
+
+/** Lets a room do something. A server other than ours may be too slow, and that is its end. */
+function attempt<T>(what: string, room: Room, run: () => Promise<T>): Promise<T | undefined> {
+  progress(`${what}: ${room.contender.name}`);
+  return run().catch((error) => {
+    if (error !== TOO_SLOW || room.contender.name === OURS) fail(room, error.message);
+    stop(room);
+    return undefined;
+  });
+}
+
+type Table = { [server: string]: Figures };
+
+/** Lets the rooms work in turns, as many rounds as each has time for. */
+async function compare(rooms: Room[], [title, people, run]: Workload): Promise<Table> {
+  const found = rooms.map((room) => ({ room, runs: [] as Samples[], spent: 0 }));
+  for (let round = 0; round < SCALE.rounds; round++)
+    for (const one of found) {
+      if (!running.has(one.room) || one.spent > SCALE.budget) continue;
+      const begin = performance.now();
+      const what = `${title} ${people}, round ${round + 1}`;
+      const samples = await attempt(what, one.room, () => run(one.room));
+      if (samples) one.runs.push(samples);
+      one.spent += performance.now() - begin;
+    }
+  return Object.fromEntries(found.map(({ room, runs }) => [room.contender.name, summarize(runs)]));
+}
+
+/** Prints the figures of each server, with the ratio of the first one to ours. */
+function print(workload: string, table: Table): void {
+  const { format } = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+  const ours = Object.entries(table[OURS] ?? {});
+  const rows = [[workload, "× ours", ...ours.map(([title]) => title)]];
+  for (const [server, figures] of Object.entries(table)) {
+    const values = Object.values(figures);
+    const ratio = (values[0] ?? NaN) / (ours[0]?.[1] ?? NaN);
+    rows.push([server, ...(figures["rounds"] ? [ratio, ...values].map(format) : ["too slow"])]);
+  }
   progress("");
-  results[workload] = Object.fromEntries(rows);
-  const print = (first: string, cells: string[]) => {
-    if (!options.json)
-      console.log(first.padEnd(20) + cells.map((cell) => cell.padStart(10)).join(""));
-  };
-  const values = (row: Figures | string = "") => Object.values(row).map(Number);
-  const titles = [...rows.values()].find((row) => typeof row === "object") ?? {};
-  print(workload, ["× ours", ...Object.keys(titles)]);
-  for (const [server, row] of rows) {
-    const ratio = (values(row)[0] ?? NaN) / (values(rows.get(OURS))[0] ?? NaN);
-    if (typeof row === "string") print(server, [row]);
-    else print(server, [ratio, ...values(row)].map(readable));
-  }
-  if (!options.json) console.log();
-}
-
-/** Three digits, or more before the point; at most three behind it. */
-function readable(figure: number): string {
-  if (Number.isNaN(figure)) return "-";
-  return figure.toFixed(Math.min(Math.max(2 - Math.floor(Math.log10(figure)), 0), 3));
-}
-
-/** The median of each figure. */
-function median(runs: Figures[]): Figures {
-  const middle = (title: string) =>
-    runs.map((run) => run[title] ?? NaN).sort((a, b) => a - b)[runs.length >> 1] ?? NaN;
-  return Object.fromEntries(Object.keys(runs[0] ?? {}).map((title) => [title, middle(title)]));
-}
-
-/** What goes wrong in `run` becomes a line at the end and a word in the table. */
-async function attempt<T>(
-  workload: string,
-  name: string,
-  run: () => Promise<T>,
-): Promise<T | string> {
-  try {
-    return await run();
-  } catch (error) {
-    faults.push(`${workload}, ${name}: ${error instanceof Error ? error.message : error}`);
-    return "failed";
-  }
+  for (const [first = "", ...cells] of rows)
+    console.log(first.padEnd(20) + cells.map((cell) => cell.padStart(11)).join(""));
+  console.log();
 }
 
 /** Says what is going on, in a terminal always on the same line. */
@@ -571,116 +555,41 @@ function progress(text: string): void {
 
 // --- The program -------------------------------------------------------------------------------
 
-const USAGE = `Usage: bun chat.bench.ts [options]
-
-Measures the server beside this file against the naive room, whatever else is installed of Node,
-Redis, NATS and ncat, and the peers that you name.
-
-  conversation   some of the people speak, each its next line when its last has come through
-  burst          the same with 50 lines of each speaker on their way
-  evening        200 lines a second in all, whether they come through or not
-  arrival        many join, 200 at a time, and then sit there in silence
-
-  --quick                        takes ten seconds, with fewer people and rounds
-  --json                         prints the figures as JSON
-  --peer 'NAME=COMMAND {port}'   adds another Budget Chat server, and may be repeated
-  --help                         shows this text`;
-
-function readOptions() {
-  try {
-    const { values } = parseArgs({
-      options: {
-        quick: { type: "boolean", default: false },
-        json: { type: "boolean", default: false },
-        peer: { type: "string", multiple: true, default: [] },
-        help: { type: "boolean" },
-      },
-    });
-    if (values.help) {
-      console.log(USAGE);
-      process.exit(0);
-    }
-    return { ...values, peers: values.peer.map(readPeer) };
-  } catch (error) {
-    const [what] = (error instanceof Error ? error.message : String(error)).split(/\.\s/);
-    console.error(`${what}. See bun chat.bench.ts --help.`);
-    process.exit(2);
-  }
-}
-
-function readPeer(text: string): Contender {
-  const [, name = "", command = ""] = /^(.+?)=(.*{port}.*)$/.exec(text) ?? [];
-  const peer = contender(name, BUDGET_CHAT, command);
-  if (Bun.which(peer.command[0] ?? "")) return peer;
-  throw new Error(`--peer takes 'NAME=COMMAND {port}' with a program that exists, not "${text}"`);
-}
-
-const options = readOptions();
-const SCALE = options.quick
-  ? { rounds: 1, duration: 50, budget: 0, patience: 1_000, many: 200, arrivals: 500, silence: 100 }
-  : {
-      rounds: 5,
-      duration: 150,
-      budget: 1_000,
-      patience: 5_000,
-      many: 1_000,
-      arrivals: 5_000,
-      silence: 500,
-    };
-
-const { duration, many } = SCALE;
-// prettier-ignore
-const TALKS: Talk[] = [
-  { title: "conversation", people: 100, speakers: 20, inFlight: 1, perSecond: 0, duration },
-  { title: "burst", people: 100, speakers: 20, inFlight: 50, perSecond: 0, duration },
-  { title: "conversation", people: many, speakers: 50, inFlight: 1, perSecond: 0, duration },
-  { title: "evening", people: many, speakers: many / 5, inFlight: 0, perSecond: 200, duration: 5 * duration },
-  { title: "burst", people: many, speakers: 50, inFlight: 50, perSecond: 0, duration },
-];
-
-/** Starts a server and fills its room. Returns a word if the server is too slow for that. */
-async function gather(contender: Contender, people: number): Promise<Crowd | string> {
-  const crowd = await assemble(await start(contender), people, 10);
-  await settle(crowd, QUIET);
-  const slow = crowd.people.length < people && !crowd.fault;
-  if (!slow) crowd.fault ||= checkArrival(crowd);
-  if (slow || crowd.fault) dissolve(crowd);
-  if (crowd.fault) throw new Error(crowd.fault);
-  return slow ? "too slow" : crowd;
-}
-
 async function main(): Promise<void> {
-  if (CORES.crowd.length > 0) Bun.spawnSync(CORES.crowd);
-  process.on("exit", () => running.forEach((server) => server.kill("SIGKILL")));
-  process.on("SIGINT", () => process.exit(130)).on("SIGTERM", () => process.exit(143));
+  process.on("exit", () => running.forEach(({ server }) => server.kill("SIGKILL")));
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"])
+    process.on(signal, (_, number) => process.exit(128 + number));
+  Bun.spawnSync(["taskset", "-acp", CROWD_CORE, `${process.pid}`]);
   const all = [...CONTENDERS, ...options.peers];
-  const present = all.filter(({ command: [program = ""] }) => Bun.which(program));
-  const absent = all.filter((contender) => !present.includes(contender)).map(({ name }) => name);
-  const machine = `${cpus()[0]?.model}, ${cpus().length} cores, ${type()} ${release()}, Bun ${Bun.version}`;
+  const present = all.filter(isInstalled);
+  const absent = all.filter((contender) => !isInstalled(contender)).map(({ name }) => name);
+  const machine =
+    `${cpus()[0]?.model}, ${cpus().length} cores (servers on ${SERVER_CORE}, crowd on ${CROWD_CORE}), ` +
+    `${type()} ${release()}, Bun ${Bun.version}`;
   if (!options.json) console.log(`${machine}\nNot installed: ${absent.join(", ") || "nothing"}\n`);
 
-  for (const people of new Set(TALKS.map((talk) => talk.people))) {
-    const crowds = new Map<string, Crowd | string>();
+  const results: { [workload: string]: Table } = {};
+  for (const [people, workloads] of Map.groupBy(WORKLOADS, ([, people]) => people)) {
+    const rooms: Room[] = [];
     for (const contender of present) {
-      const { name } = contender;
-      progress(`${people} people join: ${name}`);
-      crowds.set(name, await attempt("joining", name, () => gather(contender, people)));
+      if (people > (contender.most ?? Infinity)) continue;
+      const room = await start(contender);
+      rooms.push(room);
+      if (people === arrivals) continue;
+      await attempt(`${people} people join`, room, async () => {
+        await fill(room, people, 10, 3 * SCALE.patience);
+        await converse(room, 20, 1); // what runs for the first time is not yet compiled
+      });
     }
-    for (const talk of TALKS.filter((talk) => talk.people === people))
-      report(`${talk.title} ${people}`, await compare(crowds, talk));
-    for (const crowd of crowds.values()) if (typeof crowd === "object") dissolve(crowd);
+    for (const workload of workloads) {
+      const title = `${workload[0]} ${people}`;
+      const table = (results[title] = await compare(rooms, workload));
+      if (!options.json) print(title, table);
+    }
+    rooms.forEach(stop);
   }
-  const rows: Rows = new Map();
-  for (const contender of present) {
-    if (contender.protocol.most) continue;
-    progress(`${SCALE.arrivals} people join: ${contender.name}`);
-    rows.set(contender.name, await attempt("arrival", contender.name, () => arrive(contender)));
-  }
-  report(`arrival ${SCALE.arrivals}`, rows);
-
-  if (options.json) console.log(JSON.stringify({ machine, absent, results, faults }, null, 2));
-  for (const fault of faults) console.error(fault);
-  process.exit(faults.length > 0 ? 1 : 0);
+  if (options.json) console.log(JSON.stringify({ machine, absent, results }, null, 2));
+  process.exit();
 }
 
 await main();

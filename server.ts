@@ -314,7 +314,7 @@ function scheduleFlush(room: Room, urgent: boolean): void {
 
 /** Looks at all sockets once a turn, and flushes when that has brought nothing a few times. */
 function gather(room: Room, end = performance.now() + MAX_GATHER, idle = 0, seen = -1): void {
-  if (idle === 4 || performance.now() > end) return flush(room);
+  if (idle === 8 || performance.now() > end) return flush(room);
   setImmediate(gather, room, end, room.received === seen ? idle + 1 : 0, room.received);
 }
 
