@@ -251,8 +251,8 @@ function readLines(room: Room, client: Client): void {
 }
 
 /** Frees bytes at once, if that is worth it: tens of megabytes would pile up to be collected. */
-function release({ buffer, length }: Buffer): void {
-  if (length > 1000 && buffer instanceof ArrayBuffer) buffer.transfer(0);
+function release(bytes: Buffer): void {
+  if (bytes.length > MAX_LINE && bytes.buffer instanceof ArrayBuffer) bytes.buffer.transfer(0);
 }
 
 /** A line is bytes until it is whole: a character may be split over two packets. */
