@@ -90,9 +90,13 @@ function makeStraw() {
   return straw;
 }
 
+/** What the kernel knows of a connection, where a test cannot wait for a minute until it is true. */
+type TcpInfo = (fd: number, info: DataView, result: number) => void;
+
 // The client takes its streams when it is loaded, which is once, however often this file is run.
 declare global {
   var strawProcess: ReturnType<typeof makeStraw> | undefined;
+  var tcpInfo: TcpInfo | undefined;
 }
 const straw = (globalThis.strawProcess ??= makeStraw());
 const { stdin } = straw;
@@ -100,9 +104,6 @@ const real = globalThis.process;
 const useStraw = () => void (globalThis.process = straw as unknown as NodeJS.Process);
 const useReal = () => void (globalThis.process = real);
 
-// What the kernel knows of a connection, where a test cannot wait for a minute until it is true.
-type TcpInfo = (fd: number, info: DataView, result: number) => void;
-let tcpInfo: TcpInfo | null = null;
 const { dlopen } = await import("bun:ffi");
 mock.module("bun:ffi", () => ({
   dlopen(...library: Parameters<typeof dlopen>) {
@@ -110,7 +111,7 @@ mock.module("bun:ffi", () => ({
     const real = dlopen(...library).symbols["getsockopt"] as unknown as Call;
     const getsockopt: Call = (fd, level, name, info, size) => {
       const result = real(fd, level, name, info, size);
-      tcpInfo?.(fd, info, result);
+      globalThis.tcpInfo?.(fd, info, result);
       return result;
     };
     return { symbols: { getsockopt } };
@@ -140,7 +141,7 @@ function fail(problem: string): never {
 }
 
 afterEach(async () => {
-  tcpInfo = null;
+  globalThis.tcpInfo = undefined;
   jest.useRealTimers();
   for (const peer of peers) peer.socket.terminate();
   peers.clear();
@@ -1708,7 +1709,7 @@ describe("bad input", () => {
       [2, 0, 56_000], // dave has been silent, and now a packet or two to him have been lost
       [6, 0, 54_000], // erin may come back yet
     ];
-    tcpInfo = (fd, info, result) => {
+    globalThis.tcpInfo = (fd, info, result) => {
       expect(result).toBe(0);
       expect(info.getUint8(0)).toBe(1); // tcpi_state: established
       expect(info.getUint32(56, true)).toBeLessThan(30_000); // ms, in truth
