@@ -9,7 +9,7 @@
  * who speak, and count what arrives. The servers take turns, so that a machine that is busy with
  * something else for a while is unfair to all of them. The figure to trust is the CPU time that the
  * server spends on each line that it delivers to somebody: it depends least on who else uses the
- * machine. The benchmark fails as soon as a line is missing or doubled.
+ * machine. The benchmark fails when a line is missing or doubled.
  */
 
 import { existsSync, readdirSync, readFileSync } from "node:fs";
@@ -28,11 +28,14 @@ type Contender = {
   say: string; // {text} has 40 characters
   heard: string; // what the others hear of it
   echo?: boolean; // whether the one who said it hears it too
-  aside?: string; // what comes now and then besides
-  most?: number; // people that it can hold
+  aside?: string; // what comes besides, at most once in a run
+  capacity?: number; // people
 };
 
-/** The room as everybody writes it first, with a write per message and client. */
+/**
+ * The room as everybody writes it first, with a write per message and client. Its source is handed
+ * to `-e`, so it refers to nothing outside itself.
+ */
 async function naiveRoom(port: number): Promise<void> {
   const { createServer } = await import("node:net");
   const people = new Map<NodeJS.WritableStream, string>();
@@ -95,7 +98,7 @@ const CONTENDERS: Contender[] = [
     joined: /^/,
     say: "{text}\n",
     heard: "{text}\n",
-    most: 1_000, // it uses select(2), which ends at 1024 descriptors
+    capacity: 1_000, // it uses select(2), which ends at 1024 descriptors
   },
 ];
 
@@ -138,7 +141,7 @@ server or crowd, is the limit; in an evening "late" is how many ms the crowd was
 const options = readOptions();
 // Times are in ms. Patience is what a server has for a run beyond the talking, and ours ten times of
 // it; a server that has used up its budget gets no more rounds of a workload.
-const FULL = { rounds: 5, talk: 120, evening: 320, many: 1_000, arrivals: 5_000, rest: 800 };
+const FULL = { rounds: 5, talk: 120, evening: 500, many: 1_000, arrivals: 5_000, rest: 1_000 };
 const QUICK = { rounds: 1, talk: 50, evening: 200, many: 200, arrivals: 1_500, rest: 200 };
 const SCALE = options.quick
   ? { ...QUICK, patience: 600, budget: 600 }
@@ -146,7 +149,8 @@ const SCALE = options.quick
 
 function readOptions() {
   try {
-    if (!existsSync("/proc/self/schedstat")) throw new Error("The benchmark needs Linux's /proc");
+    if (!existsSync("/proc/self/schedstat") || !Bun.which("taskset"))
+      throw new Error("The benchmark needs Linux's /proc and taskset (util-linux)");
     const { values } = parseArgs({
       options: {
         quick: { type: "boolean", default: false },
@@ -155,7 +159,11 @@ function readOptions() {
         help: { type: "boolean", default: false },
       },
     });
-    if (!values.help) return { ...values, peers: values.peer.map(readPeer) };
+    const peers = values.peer.map(readPeer);
+    const names = [...CONTENDERS, ...peers].map(({ name }) => name);
+    const twice = names.find((name, i) => names.indexOf(name) < i);
+    if (twice) throw new Error(`Two servers cannot both be called "${twice}"`);
+    if (!values.help) return { ...values, peers };
   } catch (error) {
     const [what] = (error instanceof Error ? error.message : String(error)).split(/\.\s/);
     console.error(`${what}. See bun chat.bench.ts --help.`);
@@ -177,7 +185,7 @@ function readPeer(text: string): Contender {
 /** A server, and what its crowd has in common. */
 class Room {
   startTime = 0; // ms
-  cpuTimes = new Map<string, number>(); // ms, of each thread that it has or had
+  threads = new Map<string, number[]>(); // ms that each has run, and waited for a core
   people: Socket<Person>[] = []; // those who have joined, in that order
   total = 0; // lines that were said in this run
   constructor(
@@ -217,24 +225,36 @@ async function start(contender: Contender): Promise<Room> {
   free.stop(true);
   const command = ["taskset", "-c", SERVER_CORE, ...commandLine(contender, port)];
   const begin = performance.now();
-  const server = Bun.spawn(command, { stdio: ["ignore", "ignore", "ignore"] });
+  // In a process group of its own, which ends as a whole, and hears no Ctrl+C before we do.
+  const server = Bun.spawn(command, { stdio: ["ignore", "ignore", "ignore"], detached: true });
   const room = new Room(contender, port, server);
   running.add(room);
   for (;;) {
     room.startTime = performance.now() - begin;
     try {
       (await Bun.connect({ hostname: HOST, port, socket: { data() {} } })).terminate();
-      return room;
+      break;
     } catch {
       if (server.exitCode !== null || room.startTime > 5_000) fail(room, "it does not start");
       await Bun.sleep(1);
     }
   }
+  if (readFileSync(`/proc/${server.pid}/task/${server.pid}/children`, "utf8"))
+    fail(room, "it has started another process, which is not measured: let the script exec it");
+  return room;
+}
+
+function kill({ server }: Room): void {
+  try {
+    process.kill(-server.pid, "SIGKILL");
+  } catch {
+    // It has ended already.
+  }
 }
 
 function stop(room: Room): void {
   running.delete(room);
-  room.server.kill("SIGKILL");
+  kill(room);
   for (const socket of room.people) socket.terminate();
 }
 
@@ -249,7 +269,8 @@ const HANDLERS: SocketHandler<Person> = {
 };
 
 function send(socket: Socket<Person>, text: string): void {
-  if (socket.write(text) !== text.length) fail(socket.data.room, "it does not read");
+  const { room } = socket.data;
+  if (socket.write(text) !== text.length && running.has(room)) fail(room, "it does not read");
 }
 
 const NAME = "user00000"; // all names are as long
@@ -284,7 +305,7 @@ function fill(room: Room, count: number, atATime: number, patience?: number) {
       return people.length === count;
     // The last who joined hears of nobody's coming, the last but one of one, and so on.
     const heard = people.map(({ data }) => data.bytes).sort((a, b) => a - b);
-    return heard.every((bytes, i) => bytes === i * (heard[1] ?? NaN));
+    return heard.every((bytes, i) => bytes === i * (heard[1] || NaN));
   };
   return settle(room, isComplete, patience);
 }
@@ -296,8 +317,9 @@ async function settle(room: Room, isComplete: () => boolean, patience = SCALE.pa
     if (performance.now() < deadline) continue;
     const before = usage(room);
     await Bun.sleep(IDLE);
-    if (isComplete() || usage(room, before).server > IDLE / 10) throw TOO_SLOW;
-    fail(room, "a line is missing, or came twice"); // for it has nothing more to do
+    const { server, waited } = usage(room, before);
+    if (isComplete() || server + waited > IDLE / 10) throw TOO_SLOW;
+    fail(room, "a line is missing, came twice or is held back"); // for it has nothing to do
   }
   const end = performance.now();
   await Bun.sleep(QUIET);
@@ -307,23 +329,27 @@ async function settle(room: Room, isComplete: () => boolean, patience = SCALE.pa
 
 // --- What it costs -----------------------------------------------------------------------------
 
-type Usage = { time: number; server: number; crowd: number; memory: number };
+type Usage = { time: number; server: number; waited: number; crowd: number; memory: number };
 
 /** The time, the CPU times of server and crowd (all in ms since `before`), and memory (KiB). */
-function usage({ server: { pid }, cpuTimes }: Room, before?: Usage): Usage {
+function usage({ server: { pid }, threads }: Room, before?: Usage): Usage {
   for (const thread of readdirSync(`/proc/${pid}/task`))
     try {
       const schedstat = readFileSync(`/proc/${pid}/task/${thread}/schedstat`, "utf8");
-      cpuTimes.set(thread, parseInt(schedstat) / 1e6);
+      threads.set(
+        thread,
+        schedstat.split(" ", 2).map((ns) => Number(ns) / 1e6),
+      );
     } catch {
       // The thread has just ended: what it had used by then still counts.
     }
-  const server = cpuTimes.values().reduce((sum, time) => sum + time, 0);
+  const sum = (i: number) => threads.values().reduce((sum, times) => sum + (times[i] ?? 0), 0);
   const { user, system } = process.cpuUsage();
   const resident = /VmRSS:\s*(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1];
   return {
     time: performance.now() - (before?.time ?? 0),
-    server: server - (before?.server ?? 0),
+    server: sum(0) - (before?.server ?? 0),
+    waited: sum(1) - (before?.waited ?? 0),
     crowd: (user + system) / 1000 - (before?.crowd ?? 0),
     memory: Number(resident),
   };
@@ -346,18 +372,17 @@ function summarize(runs: Samples[]): Figures {
 
 // --- The workloads -----------------------------------------------------------------------------
 
-/** A line of 40 characters that says which of the people says it, and the how manieth it is. */
+/** A line of 40 characters that says who of the people says it, and which of their lines it is. */
 function compose(speaker: number, serial: number): string {
   return `what a lovely evening it is ${`${speaker}`.padStart(4, "0")}${`${serial}`.padStart(7, "0")}#`;
 }
 
 /** Lets one of the people say so many lines, with one write. */
-function say(room: Room, speaker: number, lines: number): void {
+function say(room: Room, speaker: number, lines: number, due = performance.now()): void {
   const socket = room.people[speaker];
   if (!socket || lines <= 0) return;
-  const now = performance.now();
   const { spoken } = socket.data;
-  const next = () => room.contender.say.replace("{text}", compose(speaker, spoken.push(now) - 1));
+  const next = () => room.contender.say.replace("{text}", compose(speaker, spoken.push(due) - 1));
   room.total += lines;
   send(socket, Array.from({ length: lines }, next).join(""));
 }
@@ -390,8 +415,7 @@ function listen(room: Room, listener: number, answer?: (heard: number[]) => void
 
 function begin(room: Room): Usage {
   room.total = 0;
-  for (const { data } of room.people)
-    Object.assign(data, { bytes: 0, spoken: [], hear: undefined });
+  for (const { data } of room.people) Object.assign(data, new Person(room));
   return usage(room);
 }
 
@@ -402,7 +426,7 @@ async function finish(room: Room, before: Usage): Promise<Usage & { delivered: n
   const length = heard.replace("{text}", compose(0, 0)).replace("{name}", NAME).length;
   const hasHeard = ({ data: { bytes, spoken } }: Socket<Person>) => {
     const surplus = bytes - length * (echo ? total : total - spoken.length);
-    return surplus >= 0 && surplus % (aside.length || Infinity) === 0;
+    return surplus === 0 || surplus === aside.length;
   };
   const end = await settle(room, () => people.every(hasHeard));
   const delivered = total * (echo ? people.length : people.length - 1);
@@ -414,6 +438,7 @@ async function converse(room: Room, speakers: number, inFlight: number): Promise
   const { people } = room;
   const before = begin(room);
   const every = Math.floor(people.length / speakers);
+  listen(room, Math.floor(Math.random() * (people.length - 1))); // all are counted, and one is read
   const latencies = listen(room, -1, (heard) => {
     if (performance.now() > before.time + SCALE.talk) return;
     // They sit all over the room, but the last who joined is none of them.
@@ -451,12 +476,12 @@ async function spendEvening(room: Room): Promise<Samples> {
   for (let due = before.time; due < before.time + SCALE.evening; due += 1000 / LINES_A_SECOND) {
     while (performance.now() < due) await new Promise(setImmediate);
     lateness.push(performance.now() - due);
-    say(room, 1 + (room.total % others.length), 1);
+    say(room, 1 + (room.total % others.length), 1, due);
   }
   const bothHaveHeard = () => first.length === room.total && last.length === room.total;
-  const time = (await settle(room, bothHaveHeard)) - before.time;
+  await settle(room, bothHaveHeard);
   for (const socket of others) socket.resume();
-  const { server, delivered } = await finish(room, before);
+  const { time, server, delivered } = await finish(room, before);
   return {
     "µs/line": (server / delivered) * 1000,
     "p50 ms": first,
@@ -468,7 +493,7 @@ async function spendEvening(room: Room): Promise<Samples> {
   };
 }
 
-/** Many join, 200 at a time, and then sit there in silence. */
+/** Many join, 200 at a time, and then sit there in silence. It can be done once with a server. */
 async function arrive(room: Room): Promise<Samples> {
   const before = begin(room);
   const time = (await fill(room, SCALE.arrivals, 200)) - before.time;
@@ -514,21 +539,23 @@ function attempt<T>(what: string, room: Room, run: () => Promise<T>): Promise<T 
   });
 }
 
-type Table = { [server: string]: Figures };
+type Table = { [server: string]: Figures | string }; // or why there are none
 
 /** Lets the rooms work in turns, as many rounds as each has time for. */
 async function compare(rooms: Room[], [title, people, run]: Workload): Promise<Table> {
-  const found = rooms.map((room) => ({ room, runs: [] as Samples[], spent: 0 }));
+  const entries = rooms.map((room) => ({ room, runs: [] as Samples[], spent: 0 }));
   for (let round = 0; round < SCALE.rounds; round++)
-    for (const one of found) {
-      if (!running.has(one.room) || one.spent > SCALE.budget) continue;
+    for (const entry of entries) {
+      const { room, runs, spent } = entry;
+      if (!running.has(room) || spent > SCALE.budget) continue;
       const begin = performance.now();
       const what = `${title} ${people}, round ${round + 1}`;
-      const samples = await attempt(what, one.room, () => run(one.room));
-      if (samples) one.runs.push(samples);
-      one.spent += performance.now() - begin;
+      const samples = await attempt(what, room, () => run(room));
+      if (samples) runs.push(samples);
+      entry.spent += performance.now() - begin;
     }
-  return Object.fromEntries(found.map(({ room, runs }) => [room.contender.name, summarize(runs)]));
+  const result = (runs: Samples[]) => (runs.length > 0 ? summarize(runs) : "too slow");
+  return Object.fromEntries(entries.map(({ room, runs }) => [room.contender.name, result(runs)]));
 }
 
 /** Prints the figures of each server, with the ratio of the first one to ours. */
@@ -537,9 +564,13 @@ function print(workload: string, table: Table): void {
   const ours = Object.entries(table[OURS] ?? {});
   const rows = [[workload, "× ours", ...ours.map(([title]) => title)]];
   for (const [server, figures] of Object.entries(table)) {
+    if (typeof figures === "string") {
+      rows.push([server, figures]);
+      continue;
+    }
     const values = Object.values(figures);
-    const ratio = (values[0] ?? NaN) / (ours[0]?.[1] ?? NaN);
-    rows.push([server, ...(figures["rounds"] ? [ratio, ...values].map(format) : ["too slow"])]);
+    const ratio = (values[0] ?? NaN) / Number(ours[0]?.[1]);
+    rows.push([server, ...[ratio, ...values].map(format)]);
   }
   progress("");
   for (const [first = "", ...cells] of rows)
@@ -556,8 +587,11 @@ function progress(text: string): void {
 // --- The program -------------------------------------------------------------------------------
 
 async function main(): Promise<void> {
-  process.on("exit", () => running.forEach(({ server }) => server.kill("SIGKILL")));
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"])
+  process.on("exit", () => {
+    progress("");
+    running.forEach(kill);
+  });
+  for (const signal of ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"])
     process.on(signal, (_, number) => process.exit(128 + number));
   Bun.spawnSync(["taskset", "-acp", CROWD_CORE, `${process.pid}`]);
   const all = [...CONTENDERS, ...options.peers];
@@ -572,7 +606,7 @@ async function main(): Promise<void> {
   for (const [people, workloads] of Map.groupBy(WORKLOADS, ([, people]) => people)) {
     const rooms: Room[] = [];
     for (const contender of present) {
-      if (people > (contender.most ?? Infinity)) continue;
+      if (people > (contender.capacity ?? Infinity)) continue;
       const room = await start(contender);
       rooms.push(room);
       if (people === arrivals) continue;
@@ -584,6 +618,8 @@ async function main(): Promise<void> {
     for (const workload of workloads) {
       const title = `${workload[0]} ${people}`;
       const table = (results[title] = await compare(rooms, workload));
+      for (const { name, capacity = Infinity } of present)
+        if (people > capacity) table[name] = `holds ${capacity}`;
       if (!options.json) print(title, table);
     }
     rooms.forEach(stop);
