@@ -607,6 +607,16 @@ describe("framing", () => {
       ]);
     }
   });
+
+  test("a long line with a return at the limit is not mistaken for a shorter one", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send("x".repeat(4096) + "\rhidden");
+    bob.send("/nick bob\n");
+    expect(await bob.line()).toBe("* You are called bob already.");
+    alice.send("\n");
+    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
+  });
 });
 
 describe("commands", () => {
@@ -785,6 +795,21 @@ describe("leaving", () => {
     }
     expect(server.clients).toHaveLength(15);
   });
+
+  test("who is let go late still has a minute to read what is left", async () => {
+    jest.useFakeTimers();
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    jest.advanceTimersByTime(59_500);
+    bob.send("/quit\n");
+    expect(await alice.line()).toBe("* bob has left the chat");
+    await bob.ended.promise;
+    let closed = false;
+    void bob.closed.promise.then(() => (closed = true));
+    jest.advanceTimersByTime(10_000);
+    await enter(server, "carol");
+    expect(closed).toBe(false);
+  });
 });
 
 describe("a reader that does not read", () => {
@@ -844,6 +869,17 @@ describe("a reader that does not read", () => {
     expect(await bob.lines(said.length)).toEqual(said);
     alice.send("done\n");
     expect(await carol.line()).toBe("[alice] done");
+  });
+
+  test("one batch that is larger than the limit costs nobody who has kept up", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "a".repeat(32), "bob")) as [Peer, Peer];
+    bob.socket.pause();
+    alice.send("x\n".repeat(200_000));
+    do {
+      alice.send("/who\n");
+      expect(await alice.line()).toBe(`* The room contains: ${"a".repeat(32)}, bob`);
+    } while (queued(server, "bob") <= 1024 * 1024);
   });
 });
 
@@ -974,7 +1010,7 @@ describe("limits", () => {
     jest.advanceTimersByTime(59_000);
     const late = await greeted(server);
     jest.advanceTimersByTime(2_000);
-    expect(await silent.rest()).toEqual(["* You gave no name within 60 seconds."]);
+    expect(await silent.rest()).toEqual(["* You gave no name within a minute."]);
     late.send("bob\n");
     expect(await late.line()).toBe("* The room contains: alice");
     expect(await alice.line()).toBe("* bob has joined the chat");
@@ -1065,6 +1101,17 @@ describe("shutdown", () => {
     }
     expect(waited).toBeWithin(2_000, 2_100);
     await stopping;
+  });
+
+  test("those who never stop sending do not hold it up", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    const flood = () => {
+      if (alice.socket.write("flood\n".repeat(100)) >= 0) setImmediate(flood);
+    };
+    flood();
+    void alice.ended.promise.then(() => alice.socket.terminate());
+    await server.stop();
   });
 });
 
@@ -1355,7 +1402,7 @@ describe("TLS", () => {
     const silent = await Peer.connect({ port: server.port });
     const slow = await greeted(server);
     jest.advanceTimersByTime(61_000);
-    expect(await slow.rest()).toEqual(["* You gave no name within 60 seconds."]);
+    expect(await slow.rest()).toEqual(["* You gave no name within a minute."]);
     await silent.ended.promise;
     expect(silent.total).toBe(0);
   });
@@ -1724,6 +1771,23 @@ describe("bad input", () => {
     expect(server.clients.map(({ name }) => name)).toEqual(["carol", "dave", "erin"]);
   });
 
+  test("who vanishes after others have been found to be there is found, too", async () => {
+    jest.useFakeTimers();
+    const server = open();
+    const [alice] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    jest.advanceTimersByTime(65_000);
+    const [, bob] = server.clients as unknown as { socket: { fd: number } }[];
+    let looks = 0;
+    globalThis.tcpInfo = (fd, info) => {
+      looks++;
+      info.setUint8(2, fd === bob?.socket.fd ? 6 : 0);
+      info.setUint32(56, fd === bob?.socket.fd ? 56_000 : 0, true);
+    };
+    jest.advanceTimersByTime(7_000);
+    expect(await alice.line()).toBe("* bob has left the chat");
+    expect(looks).toBeLessThan(5); // it takes time
+  });
+
   test("the kernel asks those who are silent whether they are still there", async () => {
     const server = open();
     await enter(server, "alice");
@@ -1833,7 +1897,7 @@ describe("faults", () => {
     expect(await bob.line()).toBe("[alice] hello");
     jest.advanceTimersByTime(61_000);
     for (const peer of silent) {
-      expect(await peer.rest()).toEqual(["* You gave no name within 60 seconds."]);
+      expect(await peer.rest()).toEqual(["* You gave no name within a minute."]);
       peer.socket.end();
     }
     await Promise.all(silent.map((peer) => peer.closed.promise));
@@ -2037,6 +2101,34 @@ describe("faults", () => {
     const second = await serve("--port", `${first.port}`);
     expect(second.port).toBe(first.port);
     await enter(second, "alice");
+  });
+
+  test("connections that are reset before they are accepted are no error", async () => {
+    const server = await serve("--rate", "0");
+    const alice = await enter(server, "alice");
+    server.process.kill("SIGSTOP");
+    const sockets = Array.from({ length: 20 }, () => createConnection(server.port, "127.0.0.1"));
+    await Promise.all(sockets.map((socket) => once(socket, "connect")));
+    for (const socket of sockets) socket.resetAndDestroy();
+    server.process.kill("SIGCONT");
+    alice.send("/who\n");
+    expect(await alice.line()).toBe("* The room contains: alice");
+    server.process.kill("SIGTERM");
+    await alice.rest();
+    alice.socket.end();
+    expect(await server.exited).toBe(0);
+    expect(server.problems).toBe("");
+  });
+
+  test("an exception where no socket is at work is reported and costs nobody anything", async () => {
+    const fail = 'setTimeout(() => { throw new Error("on purpose") })';
+    const code = `process.on("SIGUSR2", () => ${fail}); (await import("./server.ts")).main();`;
+    const program = new Program(process.execPath, "-e", code, "--", "--port", "0");
+    const server = await listening(program);
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    server.process.kill("SIGUSR2");
+    await server.until(/on purpose/, "problems");
+    await stillServes(server, alice, bob);
   });
 });
 

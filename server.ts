@@ -29,7 +29,7 @@ const PACE = 100; // ms until the next look at one who has sent too fast
 const KEEPALIVE = 45_000; // ms of silence before the kernel asks whether the peer is still there
 const NO_ANSWER = 55_000; // ms without a sign of life of a peer that cannot be reached
 const MAX_GATHER = 1; // ms that a line may wait for others, to leave together with them
-const MAX_REST = 50; // ms that news of who comes and goes may wait in a very large room
+const MAX_REST = 50; // ms that news of who is there may wait in a very large room
 const SPARE_SOCKETS = 64; // descriptors beyond the clients': files, and those who are being refused
 
 /** What `startServer` can be told. */
@@ -67,7 +67,7 @@ class Client {
   usedUntil = -Infinity; // ms; its messages have used its time up to there, each 1/rate of a second
   share: string | null = null; // its own version of the batch: without its own lines, with answers
   shared = 0; // characters of the batch that are in its share already, or left out
-  queue: Uint8Array[] = []; // what the kernel did not take: views on batches, shared with others
+  queue: Uint8Array[] = []; // what the kernel did not take: views on batches, most of them shared
   queued = 0; // bytes in the queue
   constructor(readonly socket: Bun.Socket<Client>) {}
 }
@@ -79,9 +79,9 @@ class Room {
   connections = new Set<Client>(); // all: not yet in the room, in it, and on the way out of it
   refused = 0; // of the connections, those that are only told why they cannot enter
   addresses = new Map<string, number>(); // the other connections, from each
-  batch = ""; // what this turn says to everybody
+  batch = ""; // what the next flush says to everybody
   nextFlush: "none" | "later" | "soon" = "none";
-  restUntil = 0; // ms; before then none for the sake of who comes and goes
+  restUntil = 0; // ms; before then no flush for news alone
   roster: string | null = null; // the line with all names; null while it is out of date
   received = 0; // chunks since the start, by which one sees whether more are coming
   constructor(readonly options: ServerOptions) {}
@@ -94,6 +94,7 @@ export function handleClient(room: Room, socket: Bun.Socket<Client>): void {
   const { maxClients, maxPerAddress = Infinity, tls, log } = room.options;
   const client = (socket.data = new Client(socket));
   client.address = socket.remoteAddress; // gone when it is closed
+  if (!client.address) return void socket.terminate(); // reset while it waited to be accepted
   log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
   const total = room.connections.add(client).size - room.refused; // this one among them
   const siblings = (room.addresses.get(client.address) ?? 0) + 1;
@@ -187,8 +188,7 @@ function closed(room: Room, client: Client): void {
 function sweep(room: Room): void {
   for (const client of room.connections) {
     if (performance.now() < client.deadline) continue;
-    if (client.phase === "naming")
-      dismiss(room, client, `* You gave no name within ${LOBBY_DEADLINE / 1000} seconds.`);
+    if (client.phase === "naming") dismiss(room, client, "* You gave no name within a minute.");
     else if (client.phase !== "joined" || hasVanished(client.socket)) client.socket.terminate();
     else client.deadline += NO_ANSWER / 10;
   }
@@ -303,13 +303,13 @@ function takeShare(client: Client, batch: string): Buffer {
   return Buffer.from(share);
 }
 
-/** A flush is a system call per client. For news of who comes and goes a large room rests first. */
+/** A flush is a system call per client. Before news of who is there now, a large room rests. */
 function scheduleFlush(room: Room, urgent: boolean): void {
   if (room.nextFlush === "soon" || (room.nextFlush === "later" && !urgent)) return;
   const rest = urgent ? 0 : room.restUntil - performance.now();
   room.nextFlush = rest < 1 ? "soon" : "later";
   if (rest < 1) gather(room);
-  else setTimeout(scheduleFlush, rest, room, true);
+  else setTimeout(() => room.nextFlush === "later" && scheduleFlush(room, true), rest);
 }
 
 /** Looks at all sockets once a turn, and flushes when that has brought nothing a few times. */
@@ -318,7 +318,7 @@ function gather(room: Room, end = performance.now() + MAX_GATHER, idle = 0, seen
   setImmediate(gather, room, end, room.received === seen ? idle + 1 : 0, room.received);
 }
 
-/** Sends this turn's batch: the very same bytes to all but those who had a part in it. */
+/** Sends the batch: the very same bytes to all but those who had a part in it. */
 function flush(room: Room, limit = MAX_QUEUE): void {
   const started = performance.now();
   const { batch } = room;
@@ -348,9 +348,8 @@ function send(client: Client, bytes: Uint8Array): void {
 
 /** Sends what waits, now that the kernel may have room; after it the FIN of one who is let go. */
 function drain(client: Client): void {
-  const waiting = client.queue.splice(0);
   client.queued = 0;
-  for (const bytes of waiting) send(client, bytes);
+  for (const bytes of client.queue.splice(0)) send(client, bytes);
   if (client.phase === "closing" && client.queued === 0) client.socket.shutdown(); // end() loses bytes
 }
 
@@ -445,7 +444,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
       listener.stop(false);
       listener = listen(listener.port);
     },
-    stop: () => stop(room, listener, sweeper), // takes 2 s at most, and a little
+    stop: () => stop(room, listener, sweeper), // takes 2.5 s at most
   };
 }
 
@@ -509,9 +508,10 @@ export function main(): void {
     process.removeAllListeners("SIGHUP").on("SIGHUP", () => {}); // it would open the room again
     print("Server is shutting down");
     // Output that nobody reads may hold up the end, but not for ever.
-    void server.stop().then(() => setTimeout(process.exit, STOP_DEADLINE, 0).unref());
+    void server.stop().then(() => setTimeout(process.exit, STOP_DEADLINE / 5, 0).unref());
   };
   process.on("SIGINT", shutDown).on("SIGTERM", shutDown);
+  process.on("uncaughtException", (error) => logError(error.stack ?? String(error))); // of a timer
   if (!options.tls) return;
   process.on("SIGHUP", () => {
     try {
