@@ -880,6 +880,7 @@ describe("a reader that does not read", () => {
       alice.send("/who\n");
       expect(await alice.line()).toBe(`* The room contains: ${"a".repeat(32)}, bob`);
     } while (queued(server, "bob") <= 1024 * 1024);
+    expect(server.clients).toHaveLength(2);
   });
 });
 
