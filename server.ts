@@ -528,7 +528,7 @@ function readOptions() {
   const type = (value: string) => ({ type: value ? ("string" as const) : ("boolean" as const) });
   const options = Object.fromEntries(OPTIONS.map(([name, value]) => [name, type(value)]));
   const { values } = parseArgs({ options });
-  const { host = DEFAULTS.host, quiet, help, version, "tls-cert": cert, "tls-key": key } = values;
+  const { host, quiet, help, version, "tls-cert": cert, "tls-key": key } = values;
   if (help || version) {
     console.log(help ? USAGE : `bun-chat server ${VERSION}`);
     process.exit(0);
@@ -542,7 +542,7 @@ function readOptions() {
   if ((cert === undefined) !== (key === undefined))
     throw new TypeError("--tls-cert and --tls-key go together");
   return {
-    host: `${host}`,
+    host: `${host || DEFAULTS.host}`,
     port: number("port", 0, 65_535, DEFAULTS.port),
     rate: number("rate", 0, 1_000_000, DEFAULTS.rate),
     maxClients: number("max-clients", 1, 1_000_000, DEFAULTS.maxClients),
