@@ -2050,7 +2050,7 @@ describe("faults", () => {
     expect(memory(server.process.pid, "VmRSS") - before).toBeLessThan(24 * 1024);
     server.process.stdin.write("\n");
     // Only what is said after the reader has caught up is printed, so it is said until it is seen.
-    while (!/\(\d+ lines are missing here: nobody read them\)/.test(server.output)) {
+    while (!/\(\d+ lines are missing here: nobody read them in time\)/.test(server.output)) {
       alice.send("again\n");
       await next(bob);
     }

@@ -580,10 +580,10 @@ function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
     turn = "";
   };
   return (line) => {
-    if (waiting + turn.length > MAX_QUEUE) return void lost++;
+    if (waiting > MAX_QUEUE) return void lost++;
     if (turn === "") setImmediate(write);
     const time = new Date().toLocaleString("sv"); // Swedish writes 2026-12-31 23:59:59
-    if (lost > 0) turn += `${time} (${lost} lines are missing here: nobody read them)\n`;
+    if (lost > 0) turn += `${time} (${lost} lines are missing here: nobody read them in time)\n`;
     turn += `${time} ${line}\n`;
     lost = 0;
   };
