@@ -1489,7 +1489,7 @@ describe("TLS", () => {
       [["--tls-cert", cert], 2, /^--tls-cert and --tls-key go together\. See/],
       [["--tls-key", key], 2, /^--tls-cert and --tls-key go together\. See/],
       [["--tls-key", ""], 2, /^--tls-cert and --tls-key go together\. See/],
-      [["--tls-cert", "", "--tls-key", ""], 1, /./],
+      [["--tls-cert", "", "--tls-key", ""], 1, /^The certificate or the key is not in PEM/],
       [
         ["--tls-cert", `${folder}/none`, "--tls-key", key],
         1,
@@ -2473,7 +2473,13 @@ describe("menu", () => {
 });
 
 describe("the end", () => {
-  const keys = { "an empty line": "\r", "/quit": "/quit\r", "Ctrl+D": "\x04", "Ctrl+C": "\x03" };
+  const keys = {
+    "an empty line": "\r",
+    "/quit": "/quit\r",
+    "/QUIT ": "/QUIT \r",
+    "Ctrl+D": "\x04",
+    "Ctrl+C": "\x03",
+  };
   for (const [what, typed] of Object.entries(keys)) {
     test(`${what} ends the program`, async () => {
       const server = budgetChat();

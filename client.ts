@@ -425,7 +425,7 @@ export async function menu(screen: Screen): Promise<string> {
 export async function sendMessages(screen: Screen, room: Room): Promise<boolean> {
   for (;;) {
     const line = await screen.ask(SAY);
-    if (!line || line.text === "/quit" || (line.typed && line.text === "")) return false;
+    if (!line || /^\/quit(\s|$)/i.test(line.text) || (line.typed && !line.text)) return false;
     if (line.typed && line.text === "q") return true;
     const sent = line.text.trim() && room.send(line.text);
     if (!screen.person) await sent; // a tool has time, a person types on

@@ -83,7 +83,7 @@ class Room {
   nextFlush: "none" | "later" | "soon" = "none";
   restUntil = 0; // ms; before then no flush for news alone
   roster: string | null = null; // the line with all names; null while it is out of date
-  received = 0; // chunks since the start, by which one sees whether more are coming
+  received = 0; // chunks and FINs so far, by which one sees whether more are coming
   constructor(readonly options: ServerOptions) {}
 }
 
@@ -203,7 +203,7 @@ const hasVanished = (() => {
     const { getsockopt } = dlopen("libc.so.6", { getsockopt: types }).symbols;
     return ({ fd = -1 }: Bun.Socket<Client> & { fd?: number }) =>
       getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, Uint32Array.of(info.byteLength)) === 0 &&
-      info.getUint8(2) + info.getUint8(3) > 5 && // tcpi_retransmits and tcpi_probes
+      info.getUint8(2) + info.getUint8(3) > 5 && // tcpi_retransmits and tcpi_probes: tries in vain
       info.getUint32(56, true) > NO_ANSWER; // tcpi_last_ack_recv
   } catch {
     return () => false; // another system
@@ -271,7 +271,7 @@ function takeLine(room: Room, client: Client, bytes: Buffer, start: number, end:
   }
 }
 
-// C0 and C1 controls but tab, DEL, the line separators, and what turns the direction of a text
+// DEL, C0 and C1 controls but tab, the line separators, and what turns the direction of a text
 // around (Unicode UAX #9): all that could make a terminal or a reader see what nobody wrote.
 const UNCLEAN = /[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
 
@@ -303,7 +303,7 @@ function takeShare(client: Client, batch: string): Buffer {
   return Buffer.from(share);
 }
 
-/** A flush is a system call per client. Before news of who is there now, a large room rests. */
+/** Sees to the next flush, a system call per client: for mere news, a large room rests first. */
 function scheduleFlush(room: Room, urgent: boolean): void {
   if (room.nextFlush === "soon" || (room.nextFlush === "later" && !urgent)) return;
   const rest = urgent ? 0 : room.restUntil - performance.now();
@@ -312,7 +312,7 @@ function scheduleFlush(room: Room, urgent: boolean): void {
   else setTimeout(() => room.nextFlush === "later" && scheduleFlush(room, true), rest);
 }
 
-/** Looks at all sockets once a turn, and flushes when that has brought nothing a few times. */
+/** Lets the loop look at all sockets once a turn; flushes when 8 turns have brought nothing new. */
 function gather(room: Room, end = performance.now() + MAX_GATHER, idle = 0, seen = -1): void {
   if (idle === 8 || performance.now() > end) return flush(room);
   setImmediate(gather, room, end, room.received === seen ? idle + 1 : 0, room.received);
@@ -523,7 +523,7 @@ export function main(): void {
   });
 }
 
-/** @throws TypeError, as parseArgs does, with a message for the one who typed */
+/** The options, or their help. @throws TypeError, as parseArgs does, for the one who typed */
 function readOptions() {
   const type = (value: string) => ({ type: value ? ("string" as const) : ("boolean" as const) });
   const options = Object.fromEntries(OPTIONS.map(([name, value]) => [name, type(value)]));
@@ -557,10 +557,10 @@ const PROBLEMS: readonly [code: RegExp, advice: string][] = [
   [/^EACCES$/, "That port is for the administrator: choose one above 1023 with --port."],
   [/^E(ADDRNOTAVAIL|NOTFOUND)$|^undefined$/, "This machine has no such address: change --host."],
   [/^ERR_OSSL_.*MISMATCH$/, "The key does not belong to the certificate."],
-  [/^ERR_OSSL_|^EISDIR$/, "The certificate or the key is not in PEM, or the key needs a password."],
+  [/OSSL|ISDIR|NOENT/, "The certificate or the key is not in PEM, or the key needs a password."],
 ];
 
-/** What to tell a person: a TypeError comes from the options, all others from the start. */
+/** What to tell a person: a TypeError is about the options, or a file of them that is empty. */
 function explain(error: unknown): string {
   const { code, path, message } = error as NodeJS.ErrnoException;
   if (error instanceof TypeError) return `${message.split(/\.\s/)[0]}. See bun server.ts --help.`;
