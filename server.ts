@@ -60,7 +60,7 @@ class Client {
   refusal = ""; // why it will be turned away, known from its first moment
   name = "";
   address = "";
-  deadline = performance.now() + LOBBY_DEADLINE; // ms; in the room the next look if it is there
+  deadline = performance.now() + LOBBY_DEADLINE; // ms; patience ends, in the room a look is due
   finished = false; // its FIN has come; what it sent before is still to be read
   unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
   heldBack = false; // not read from for a while, because it has sent too fast
