@@ -305,6 +305,12 @@ async function refusal(server: Address, firstLine: string): Promise<string[]> {
 }
 
 const NAME_RULE = "* A name is 1 to 32 letters and digits.";
+const SCRIPT_RULE = "* A name is in one script, with two accents on a letter at most.";
+
+/** What `/who` answers. */
+function present(...names: string[]): string {
+  return `* ${names.length} ${names.length === 1 ? "person is" : "people are"} here: ${names.join(", ")}`;
+}
 
 // --- The server --------------------------------------------------------------------------------
 
@@ -345,10 +351,7 @@ describe("joining", () => {
     const alice = await enter(server, "alice");
     const bob = await greeted(server);
     bob.send("bob\nhello\n/who\n");
-    expect(await bob.lines(2)).toEqual([
-      "* The room contains: alice",
-      "* The room contains: alice, bob",
-    ]);
+    expect(await bob.lines(2)).toEqual(["* The room contains: alice", present("alice", "bob")]);
     expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
   });
 
@@ -481,7 +484,7 @@ describe("messages", () => {
     const server = open();
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     const text =
-      "  two  spaces\tand a tab, 漢字, emoji 👩🏽‍🚀, \u05e9\u05dc\u05d5\u05dd, e\u0301 \ufeffBOM ";
+      "  two  spaces\tand a tab, 漢字, emoji 👩🏽‍🚀, \u05e9\u05dc\u05d5\u05dd, e\u0301 \u0645\u06cc\u200c\u0631\u0648\u0645 ";
     alice.send(`${text}\r\n`);
     expect(await bob.line()).toBe(`[alice] ${text}`);
   });
@@ -525,7 +528,7 @@ describe("framing", () => {
       alice.send(Buffer.from([byte]));
       // A round trip between two bytes, so that they come in packets of their own.
       bob.send("/who\n");
-      const heard = await bob.until("* The room contains: alice, bob");
+      const heard = await bob.until(present("alice", "bob"));
       expect(heard).toEqual(byte === 10 ? ["[alice] héllo 漢 👍"] : []);
     }
   });
@@ -566,7 +569,7 @@ describe("framing", () => {
     expect(await bob.line()).toBe("[alice] short");
     expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
     alice.send("/who\n");
-    expect(await alice.line()).toBe("* The room contains: alice, bob");
+    expect(await alice.line()).toBe(present("alice", "bob"));
   });
 
   test("a long line whose end comes by itself is not mistaken for a shorter one", async () => {
@@ -575,7 +578,7 @@ describe("framing", () => {
     for (const piece of ["x".repeat(4097), "x".repeat(900), "\r", "\n"]) {
       alice.send(piece);
       bob.send("/who\n");
-      expect(await bob.line()).toBe("* The room contains: alice, bob");
+      expect(await bob.line()).toBe(present("alice", "bob"));
     }
     expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
     alice.send("short\n");
@@ -638,13 +641,13 @@ describe("commands", () => {
     expect(await bob.line()).toBe("[alice] done");
   });
 
-  test("/who names all who are here, in the order in which they came", async () => {
+  test("/who counts and names all who are here, in the order of the alphabet", async () => {
     const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob", "carol")) as [Peer, Peer];
+    const [carol, bob] = (await enterAll(server, "carol", "bob", "Dave", "alice")) as [Peer, Peer];
     bob.socket.shutdown();
-    await alice.until("* bob has left the chat");
-    alice.send("/WHO\n");
-    expect(await alice.line()).toBe("* The room contains: alice, carol");
+    await carol.until("* bob has left the chat");
+    carol.send("/WHO\n");
+    expect(await carol.line()).toBe(present("alice", "carol", "Dave"));
   });
 
   test("/nick renames, and all hear of it", async () => {
@@ -659,17 +662,18 @@ describe("commands", () => {
     expect(await alice.line()).toBe("* alice is now called Anna");
     await enter(server, "alice");
     bob.send("/who\n");
-    expect((await bob.lines(2))[1]).toBe("* The room contains: Anna, bob, alice");
+    expect((await bob.lines(2))[1]).toBe(present("alice", "Anna", "bob"));
   });
 
   test("/nick to a taken, illegal or one's own name; in other case it is allowed", async () => {
     const server = open();
     const [alice] = (await enterAll(server, "alice", "bob")) as [Peer];
-    alice.send("/nick BOB\n/nick no!\n/nick\n/nick alice\n/nick Alice\n/nick two words\n");
-    expect(await alice.lines(6)).toEqual([
+    alice.send("/nick BOB\n/nick no!\n/nick\n/nick \n/nick alice\n/nick Alice\n/nick two words\n");
+    expect(await alice.lines(7)).toEqual([
       "* The name BOB is taken.",
       NAME_RULE,
-      NAME_RULE,
+      "* Say it like this: /nick NAME",
+      "* Say it like this: /nick NAME",
       "* You are called alice already.",
       "* alice is now called Alice",
       NAME_RULE,
@@ -723,10 +727,10 @@ describe("commands", () => {
     const server = open();
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     alice.send("/who\n/quit\nghost\n");
-    expect(await alice.rest()).toEqual(["* The room contains: alice, bob"]);
+    expect(await alice.rest()).toEqual([present("alice", "bob")]);
     expect(await bob.line()).toBe("* alice has left the chat");
     bob.send("/who\n");
-    expect(await bob.line()).toBe("* The room contains: bob");
+    expect(await bob.line()).toBe(present("bob"));
   });
 });
 
@@ -878,11 +882,14 @@ describe("a reader that does not read", () => {
     alice.send("x\n".repeat(200_000));
     do {
       alice.send("/who\n");
-      expect(await alice.line()).toBe(`* The room contains: ${"a".repeat(32)}, bob`);
+      expect(await alice.line()).toBe(present("a".repeat(32), "bob"));
     } while (queued(server, "bob") <= 1024 * 1024);
     expect(server.clients).toHaveLength(2);
   });
 });
+
+/** Lines that one who has just come in may say at once, at a rate of 10 lines a second. */
+const NEWCOMER_LINES = 16;
 
 describe("pacing", () => {
   test("a paste of 250 lines arrives complete and in order, only slower", async () => {
@@ -890,20 +897,20 @@ describe("pacing", () => {
     const server = open({ rate: 10 });
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     alice.send(Array.from({ length: 250 }, (_, number) => `line ${number}\n`).join(""));
-    // Ten seconds' worth at once, less the line with the name.
-    for (let number = 0; number < 99; number++)
+    // A newcomer has two seconds' worth, less what its coming has cost.
+    for (let number = 0; number < NEWCOMER_LINES; number++)
       expect(await bob.line()).toBe(`[alice] line ${number}`);
-    for (let second = 0; second < 15; second++) {
-      const first = 99 + second * 10;
-      bob.send("/who\n");
-      expect(await bob.line()).toBe("* The room contains: alice, bob");
+    for (let second = 0; second < 23; second++) {
+      const first = NEWCOMER_LINES + second * 10;
+      bob.send("/nick bob\n");
+      expect(await bob.line()).toBe("* You are called bob already.");
       for (let tick = 0; tick < 10; tick++) jest.advanceTimersByTime(100);
       expect(await bob.lines(10)).toEqual(
         Array.from({ length: 10 }, (_, number) => `[alice] line ${first + number}`),
       );
     }
     jest.advanceTimersByTime(1000);
-    expect(await bob.line()).toBe("[alice] line 249");
+    expect(await bob.lines(4)).toEqual(numbered("alice", 250).slice(-4));
     alice.send("after the paste\n");
     jest.advanceTimersByTime(1000);
     expect(await bob.line()).toBe("[alice] after the paste");
@@ -913,7 +920,7 @@ describe("pacing", () => {
     jest.useFakeTimers();
     const server = open({ rate: 1 });
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    jest.advanceTimersByTime(60_000);
+    jest.advanceTimersByTime(50_000);
     alice.send(Array.from({ length: 15 }, (_, number) => `line ${number}\n`).join(""));
     await bob.until("[alice] line 9");
     bob.send("/nick bob\n");
@@ -926,19 +933,20 @@ describe("pacing", () => {
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     alice.send(Array.from({ length: 120 }, (_, number) => `line ${number}\n`).join("") + "half");
     alice.socket.shutdown();
-    expect(await bob.lines(99)).not.toContain("* alice has left the chat");
-    for (let tick = 0; tick < 30; tick++) jest.advanceTimersByTime(100);
-    const lines = await bob.lines(22);
-    expect(lines.at(-2)).toBe("[alice] line 119");
-    expect(lines.at(-1)).toBe("* alice has left the chat");
+    expect(await bob.lines(NEWCOMER_LINES)).not.toContain("* alice has left the chat");
+    for (let tick = 0; tick < 110; tick++) jest.advanceTimersByTime(100);
+    expect(await bob.lines(120 - NEWCOMER_LINES + 1)).toEqual([
+      ...numbered("alice", 120).slice(NEWCOMER_LINES),
+      "* alice has left the chat",
+    ]);
   });
 
   test("nobody waits for one who floods, and his reset loses him the rest", async () => {
     jest.useFakeTimers();
-    const server = open({ rate: 1 });
+    const server = open({ rate: 10 });
     const [alice, bob, carol] = await enterThree(server);
     alice.send("flood\n".repeat(50_000));
-    await bob.lines(9);
+    await bob.lines(NEWCOMER_LINES);
     carol.send("hi\n");
     expect((await bob.lines(1))[0]).toBe("[carol] hi");
     alice.socket.terminate();
@@ -947,16 +955,16 @@ describe("pacing", () => {
 
   test("a client that is held back is not read from: its flood stays with it", async () => {
     jest.useFakeTimers();
-    const server = open({ rate: 1 });
+    const server = open({ rate: 10 });
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const line = "x".repeat(1000) + "\n";
+    const line = "x".repeat(400) + "\n";
     let sent = 0;
     const offer = () => {
       for (let taken; sent < 64_000_000; sent += taken)
         if ((taken = alice.socket.write(line.repeat(1000))) <= 0) return;
     };
     offer();
-    expect(await bob.lines(9)).toHaveLength(9);
+    expect(await bob.lines(NEWCOMER_LINES)).toHaveLength(NEWCOMER_LINES);
     // Time for the server to read all of it, if it did.
     for (let turn = 0; turn < 200; turn++) {
       bob.send("/nick bob\n");
@@ -1075,20 +1083,19 @@ describe("shutdown", () => {
   });
 
   test("tells those whose lines were still held back how many are lost", async () => {
-    const server = open({ rate: 1 });
+    const server = open({ rate: 10 });
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("flood\n".repeat(30));
-    await bob.lines(9);
+    alice.send("flood\n".repeat(500));
+    await bob.lines(NEWCOMER_LINES);
     const stopped = server.stop();
-    expect(await alice.rest()).toEqual([
-      "* Your last lines came too late: 21 or more.",
-      "* The server is shutting down",
-    ]);
+    const [late, end] = await alice.rest();
+    expect(late).toMatch(/^\* Your last lines came too late: 4\d\d or more\.$/);
+    expect(end).toBe("* The server is shutting down");
     for (const peer of [alice, bob]) peer.socket.end();
     await stopped;
   });
 
-  test("who never reads or closes holds nothing up for longer than two seconds", async () => {
+  test("who never reads or closes holds nothing up for longer than three seconds", async () => {
     jest.useFakeTimers();
     const server = open();
     const alice = await enter(server, "alice");
@@ -1100,7 +1107,7 @@ describe("shutdown", () => {
       jest.advanceTimersByTime(5);
       await null;
     }
-    expect(waited).toBeWithin(2_000, 2_100);
+    expect(waited).toBeWithin(2_400, 2_600);
     await stopping;
   });
 
@@ -1205,7 +1212,7 @@ describe("bun server.ts", () => {
     expect(lines.map((line) => line.slice(20).replace(/:\d{4,5}\b/, ":PORT"))).toEqual([
       "Server is running on 127.0.0.1:PORT, waiting for connections...",
       "New connection from 127.0.0.1:PORT",
-      "User Alex has joined the chat.",
+      "User Alex has joined the chat. From 127.0.0.1:PORT",
       "Received message from Alex: Hello everyone!",
       "User Alex is now called Sasha.",
       "Removing user: Sasha from clients",
@@ -1529,22 +1536,6 @@ describe("TLS", () => {
     expect(await carol.until("[alice] done")).toEqual(said);
   });
 
-  test("a reader that never reads is dropped, and the others lose nothing", async () => {
-    const server = openTls();
-    const [alice, bob, carol] = await enterThree(server);
-    await lagBehind(server, [alice, bob, carol], 1_000_000);
-    const text = "x".repeat(4000);
-    for (let number = 0; number < 40; number++) alice.send(`${number} ${text}\n`);
-    alice.send("done\n");
-    const heard = await bob.until("[alice] done");
-    if (!heard.includes("* carol has left the chat (too slow)"))
-      expect(await bob.line()).toBe("* carol has left the chat (too slow)");
-    expect(heard.filter((line) => line.startsWith("[alice] "))).toEqual(
-      Array.from({ length: 40 }, (_, number) => `[alice] ${number} ${text}`),
-    );
-    expect(server.clients.map((client) => client.name).toSorted()).toEqual(["alice", "bob"]);
-  });
-
   test("who half-closes still gets what is queued, to the last byte", async () => {
     const server = openTls();
     const [alice, bob, carol] = await enterThree(server);
@@ -1576,12 +1567,12 @@ describe("TLS", () => {
     const text = Array.from({ length: 120 }, (_, number) => `line ${number}\n`).join("");
     alice.send(text + "half");
     alice.socket.shutdown(); // its notice arrives with the lines, although they are held back
-    expect(await bob.lines(99)).toEqual(numbered("alice", 99));
+    expect(await bob.lines(NEWCOMER_LINES)).toEqual(numbered("alice", NEWCOMER_LINES));
     bob.send("/who\n");
-    expect(await bob.line()).toBe("* The room contains: alice, bob");
-    for (let tick = 0; tick < 30; tick++) jest.advanceTimersByTime(100);
-    const lines = await bob.lines(22);
-    expect(lines).toEqual([...numbered("alice", 120).slice(99), "* alice has left the chat"]);
+    expect(await bob.line()).toBe(present("alice", "bob"));
+    for (let tick = 0; tick < 110; tick++) jest.advanceTimersByTime(100);
+    const rest = [...numbered("alice", 120).slice(NEWCOMER_LINES), "* alice has left the chat"];
+    expect(await bob.lines(rest.length)).toEqual(rest);
     expect(await alice.rest()).toEqual([]);
   });
 
@@ -1625,6 +1616,57 @@ async function lagBehind(
 describe.each([
   ["without TLS", open],
   ["with TLS", openTls],
+])("a slow reader, %s", (_, open) => {
+  test("may lag behind by 3 MB for ten seconds, and not for longer", async () => {
+    jest.useFakeTimers();
+    const server: Server & { ca?: string } = open();
+    const room = await enterThree(server);
+    const [alice, bob, carol] = room;
+    const said = await lagBehind(server, room, 3_000_000);
+    jest.advanceTimersByTime(9_000);
+    carol.socket.resume();
+    expect(await carol.lines(said.length)).toEqual(said);
+
+    await lagBehind(server, room, 3_000_000);
+    jest.advanceTimersByTime(12_000);
+    expect(await bob.line()).toBe("* carol has left the chat (too slow)");
+    expect(await alice.line()).toBe("* carol has left the chat (too slow)");
+    await stillServes(server, alice, bob);
+  });
+
+  test("may lag behind by less than 1 MiB for as long as it likes", async () => {
+    jest.useFakeTimers();
+    const server: Server & { ca?: string } = open();
+    const [alice, bob, carol] = await enterThree(server);
+    const said = await lagBehind(server, [alice, bob, carol], 900_000);
+    jest.advanceTimersByTime(50_000);
+    carol.socket.resume();
+    expect(await carol.lines(said.length)).toEqual(said);
+    await stillServes(server, alice, bob);
+  });
+
+  test("is dropped at 8 MiB at once, and the others lose nothing", async () => {
+    jest.useFakeTimers();
+    const server: Server & { ca?: string } = open();
+    const [alice, bob, carol] = await enterThree(server);
+    const said = await lagBehind(server, [alice, bob, carol], 8 * 1024 * 1024 - 200_000);
+    expect(server.clients).toHaveLength(3);
+    const text = "x".repeat(4000);
+    const rest = Array.from({ length: 60 }, (_, number) => `[alice] ${number} ${text}`);
+    alice.send(rest.map((line) => `${line.slice("[alice] ".length)}\n`).join(""));
+    alice.send("done\n");
+    const heard = await bob.until("[alice] done");
+    if (!heard.includes("* carol has left the chat (too slow)"))
+      expect(await bob.line()).toBe("* carol has left the chat (too slow)");
+    expect(heard.filter((line) => line.startsWith("["))).toEqual(rest);
+    expect(said.length).toBeGreaterThan(2_000);
+    expect(server.clients.map(({ name }) => name)).toEqual(["alice", "bob"]);
+  });
+});
+
+describe.each([
+  ["without TLS", open],
+  ["with TLS", openTls],
 ])("at shutdown, %s", (_, open) => {
   test("a queue just below its limit is sent to its end", async () => {
     const server: Server & { ca?: string } = open();
@@ -1647,10 +1689,10 @@ describe.each([
 
   test("a flood that is held back does not hold it up", async () => {
     jest.useFakeTimers();
-    const server: Server & { ca?: string } = open({ rate: 1 });
+    const server: Server & { ca?: string } = open({ rate: 10 });
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     alice.send("flood\n".repeat(50_000));
-    await bob.lines(9);
+    await bob.lines(NEWCOMER_LINES);
     for (const peer of [alice, bob]) void peer.ended.promise.then(() => peer.socket.shutdown());
     let stopped = false;
     const stopping = server.stop().then(() => (stopped = true));
@@ -1732,7 +1774,7 @@ describe("bad input", () => {
       const text = [...new TextDecoder("utf-8", { ignoreBOM: true }).decode(new Uint8Array(line))]
         .filter(
           (character) =>
-            !/[\p{Cc}\u2028-\u202e\u2066-\u2069]/u.test(character) || character === "\t",
+            !/[\p{Cc}\u2028-\u202e\u2066-\u2069\ufeff]/u.test(character) || character === "\t",
         )
         .join("");
       if (line.length <= 4096 && text.trim() !== "") lines.push(`[alice] ${text}`);
@@ -1818,28 +1860,6 @@ describe("bad input", () => {
     expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
   });
 
-  test.each(["аlice", "Αlice", "Вob", "aλ", "яλ", "bob7я"])(
-    "the name %s mixes alphabets that look alike, and is refused",
-    async (name) => {
-      const server = open();
-      const alice = await enter(server, "alice");
-      expect(await refusal(server, name)).toEqual([
-        "* A name does not mix Latin, Greek and Cyrillic letters.",
-      ]);
-      alice.send(`/nick ${name}\n`);
-      expect(await alice.line()).toBe("* A name does not mix Latin, Greek and Cyrillic letters.");
-    },
-  );
-
-  test.each(["Алиса7", "Ελένη", "小明Bob", "たろうTaro", "אליס"])(
-    "the name %s does not, and is welcome",
-    async (name) => {
-      const server = open();
-      await enter(server, name);
-      expect(server.clients.map((client) => client.name)).toEqual([name.normalize("NFKC")]);
-    },
-  );
-
   test("a name sent twice is a message the second time", async () => {
     const server = open();
     const alice = await enter(server, "alice");
@@ -1907,7 +1927,8 @@ describe("faults", () => {
 
   test("3,000 connections that come and go leave nothing behind", async () => {
     // Were one forgotten, there would soon be no place for the next: 60 come at a time.
-    const server = await serve("--max-clients", "62", "--max-per-address", "62", "--quiet");
+    const limits = ["--max-clients", "62", "--max-per-address", "62", "--rate", "0"];
+    const server = await serve(...limits, "--quiet");
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
     const comeAndGo = async (place: number) => {
       const peer = await greeted(server);
@@ -2113,7 +2134,7 @@ describe("faults", () => {
     for (const socket of sockets) socket.resetAndDestroy();
     server.process.kill("SIGCONT");
     alice.send("/who\n");
-    expect(await alice.line()).toBe("* The room contains: alice");
+    expect(await alice.line()).toBe(present("alice"));
     server.process.kill("SIGTERM");
     await alice.rest();
     alice.socket.end();
@@ -2121,15 +2142,22 @@ describe("faults", () => {
     expect(server.problems).toBe("");
   });
 
-  test("an exception where no socket is at work is reported and costs nobody anything", async () => {
+  test("an exception that nobody can explain ends the room in good order, with exit code 1", async () => {
     const fail = 'setTimeout(() => { throw new Error("on purpose") })';
     const code = `process.on("SIGUSR2", () => ${fail}); (await import("./server.ts")).main();`;
-    const program = new Program(process.execPath, "-e", code, "--", "--port", "0");
+    const program = new Program(process.execPath, "-e", code, "--", "--port", "0", "--rate", "0");
     const server = await listening(program);
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(`${numbered("", 1000).join("\n")}\n`);
     server.process.kill("SIGUSR2");
-    await server.until(/on purpose/, "problems");
-    await stillServes(server, alice, bob);
+    const heard = await bob.rest();
+    expect(heard).toHaveLength(1001);
+    expect(heard.at(-1)).toBe("* The server is shutting down");
+    expect(await alice.rest()).toEqual(["* The server is shutting down"]);
+    for (const peer of [alice, bob]) peer.socket.end();
+    expect(await server.exited).toBe(1);
+    expect(server.problems).toContain("on purpose");
+    expect(server.output).toContain("Server is shutting down");
   });
 });
 
@@ -2581,11 +2609,11 @@ describe("the end", () => {
   });
 
   test("Ctrl+C while the server still holds back what was pasted says so", async () => {
-    const server = open({ rate: 1 });
+    const server = open({ rate: 10 });
     const bob = await enter(server, "bob");
     const alex = terminal(server.port, ["--name", "Alex"]);
     await alex.until("You: ");
-    alex.type(`${paste("a line\r".repeat(30))}half a line`);
+    alex.type(`${paste("a line\r".repeat(200))}half a line`);
     expect((await bob.lines(10)).at(-1)).toBe("[Alex] a line");
     await alex.until("half a line");
     alex.type("\x03");
@@ -3255,7 +3283,7 @@ describe("client and server", () => {
 
   test.each([
     ["at rate 0, 50,000 lines", 0, 50_000],
-    ["faster than the rate of 500, 5,400 lines", 500, 5_400],
+    ["faster than the rate of 2000, 5,400 lines", 2_000, 5_400],
   ])("%s from a pipe arrive complete and in order", async (_, rate, count) => {
     const server = open({ rate });
     const reader = await enter(server, "reader");

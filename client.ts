@@ -86,7 +86,7 @@ const FORMS = [
   `\\[(?<from>${NAME})(?: -> (?<to>${NAME}))?\\] `,
   `\\* (?<who>${NAME}) has (?<did>joined|entered|left) the (?:chat|room)`,
   `\\* (?<who>${NAME}) is now called (?<renamed>${NAME})$`,
-  `\\* The room contains:(?<roster>.*)`,
+  `\\* (?:The room contains|\\d+ (?:people are|person is) here):(?<roster>.*)`,
 ];
 const FORM = new RegExp(`^(?:${FORMS.join("|")})`, "u");
 const classify = (text: string): Entry => ({ text, ...FORM.exec(text)?.groups });

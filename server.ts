@@ -7,36 +7,75 @@
  *     nc 127.0.0.1 5555         enters it from a machine without Bun
  *
  * The protocol is lines of UTF-8 over TCP (Budget Chat, https://protohackers.com/problem/3): first
- * a name, then messages, or commands if they begin with "/". The server's own begin with "* ".
+ * a name, then messages, or commands if they begin with "/". Lines of the server begin with "* ".
  *
- * One idea carries the rest: whatever arrives at about the same time, from all sockets, leaves
- * together, with one write per client. So a line costs little even in a large room, and all see the
- * same lines in the same order. Who reads slowly has a queue of their own, with a limit; who sends
- * too fast is read from more slowly; neither holds up anybody else.
+ * Two ideas carry the rest:
+ *
+ * - The room is a function of its log. What changes it is an event (join, say, nick, leave). A line,
+ *   a closed socket or a timer only proposes one, and `apply` alone decides what comes of it.
+ * - Lines leave together. Whatever arrives at about the same time, from all sockets, becomes one
+ *   batch, and each client gets it with one write. So a line costs little even in a large room, and
+ *   everybody sees the same lines in the same order.
+ *
+ * A slow reader gets its own bounded queue, and a fast sender is read from more slowly. Neither
+ * holds up anybody else.
+ *
+ * From top to bottom: limits, state, the entry (`startServer`), text and names, the room and its
+ * events, the life of a client, reading, writing, commands, limits per address, shutdown, the
+ * program, and what touches the operating system by hand.
  */
 
 import { dlopen } from "bun:ffi";
 import { parseArgs } from "node:util";
 
+// --- Limits ------------------------------------------------------------------------------------
+
 const VERSION = "0.1.0";
-const SHUTDOWN = "* The server is shutting down";
+
+const KIB = 1024; // bytes
 const MAX_LINE = 4096; // bytes, without the line ending
-const MAX_QUEUE = 1024 * 1024; // bytes that may wait for a reader who does not keep up
-const BURST = 10_000; // ms' worth of messages that may come at once
+const MAX_NAME = 128; // UTF-16 code units of a name as it was typed, before anything looks at it
+const MAX_FIRST_LINE = 512; // bytes; no name takes as many
+const MAX_BATCH = 256 * KIB; // bytes; a batch of this size leaves at once
+const MAX_COPY = 64 * KIB; // bytes; a client's own batch is copied together up to this size
+const SLICE = 16 * KIB; // bytes of lines and answers that one client gets done before the next flush
+const SLOW_QUEUE = 1024 * KIB; // bytes that may wait for a slow reader for as long as it likes
+const MAX_QUEUE = 8 * 1024 * KIB; // bytes that may wait for a reader however short the time
+const MAX_HELD = 256 * 1024 * KIB; // bytes in memory for all clients together
+const MAX_PRIVATE = 16 * KIB; // bytes of one sender's private messages that may wait to be read
+const MAX_LOG = 1024 * KIB; // characters of the log that may wait for somebody to read them
+
+const BURST = 10_000; // ms' worth of work that may be done at once
+const NEWCOMER_BURST = 2_000; // the same for a connection that has just come
+const PACE = 100; // ms; the least that a fast sender is held back
+const SLOW_AFTER = 10_000; // ms that the oldest byte of a long queue may wait
 const LOBBY_DEADLINE = 60_000; // ms to give a name in, and to read what is left when leaving
-const STOP_DEADLINE = 2_000; // ms to read what is left when the server stops
-const PACE = 100; // ms until the next look at one who has sent too fast
+const STOP_DEADLINE = 2_500; // ms for everybody to read what is left when the server stops
 const KEEPALIVE = 45_000; // ms of silence before the kernel asks whether the peer is still there
-const NO_ANSWER = 55_000; // ms without a sign of life of a peer that cannot be reached
-const MAX_GATHER = 1; // ms that a line may wait for others, to leave together with them
+const NO_ANSWER = 55_000; // ms without a sign of life from a peer that cannot be reached
+const MAX_GATHER = 1; // ms that a line may wait for others to leave together with
 const MAX_REST = 50; // ms that news of who is there may wait in a very large room
-const SPARE_SOCKETS = 64; // descriptors beyond the clients': files, and those who are being refused
+
+// The price of work, in short lines.
+const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
+const ANSWER_BYTES_PER_UNIT = 4096; // of an answer, which only one person gets
+const COMING_AND_GOING = 4; // everybody hears of both, and the newcomer gets the roster
+
+// Where connections per address are limited, all of one address have a common budget.
+const DEFAULT_MAX_PER_ADDRESS = 64;
+const ADDRESS_SHARE = 4; // times the rate of one connection
+const MAX_ARRIVALS = 20; // new connections of one address at once; then one a second
+
+const SPARE_SOCKETS = 64; // descriptors kept free for files and for those who are being refused
+const ENTRY_OVERHEAD = 128; // bytes, about, that an entry of a queue takes besides its text
+
+// --- State -------------------------------------------------------------------------------------
 
 /** What `startServer` can be told. */
 export type ServerOptions = {
   host: string;
   port: number; // 0 takes any free one
-  rate: number; // messages a second that one client may send; 0 for no limit
+  rate: number; // short lines a second that one client may send; 0 for no limit at all
   maxClients: number; // connections at a time
   maxPerAddress?: number | undefined; // and from one address; 64, or no limit on loopback
   tls?: Bun.TLSOptions | false; // certificate and key; without them the room is not encrypted
@@ -45,432 +84,1205 @@ export type ServerOptions = {
 };
 
 const DEFAULTS = { host: "127.0.0.1", port: 5555, rate: 10, maxClients: 10_000 };
-const NOTHING = Buffer.alloc(0);
-const [NEWLINE, RETURN] = [10, 13];
-/** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
-const endpoint = (host: string, port: number) =>
-  `${host.includes(":") ? `[${host}]` : host}:${port}`;
-const countLines = (bytes: Buffer) => bytes.toString("latin1").split("\n").length - 1;
 
-// --- State -------------------------------------------------------------------------------------
-
-/** One connection, from its greeting to its end. It is `socket.data` of its socket. */
-class Client {
-  phase: "connecting" | "naming" | "joined" | "closing" = "connecting";
-  refusal = ""; // why it will be turned away, known from its first moment
-  name = "";
-  address = "";
-  deadline = performance.now() + LOBBY_DEADLINE; // ms; patience ends, in the room a look is due
-  finished = false; // its FIN has come; what it sent before is still to be read
-  unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
-  heldBack = false; // not read from for a while, because it has sent too fast
-  usedUntil = -Infinity; // ms; its messages have used its time up to there, each 1/rate of a second
-  share: string | null = null; // its own version of the batch: without its own lines, with answers
-  shared = 0; // characters of the batch that are in its share already, or left out
-  queue: Uint8Array[] = []; // what the kernel did not take: views on batches, most of them shared
-  queued = 0; // bytes in the queue
-  constructor(readonly socket: Bun.Socket<Client>) {}
+/** The people in the room: what its events have made of it, and nothing else. */
+export class Room {
+  people = new Map<number, string>(); // names by the number of the connection, in order of coming
+  holders = new Map<string, number>(); // who holds a name, by each of its keys (see `nameKeys`)
 }
 
 /** One server. A process may run several, which is how the tests do it. */
-class Room {
-  clients: Client[] = []; // those in the room, in the order of coming
-  names = new Map<string, Client>(); // the same by folded name
-  connections = new Set<Client>(); // all: not yet in the room, in it, and on the way out of it
-  refused = 0; // of the connections, those that are only told why they cannot enter
-  addresses = new Map<string, number>(); // the other connections, from each
+class Server {
+  room = new Room();
+  connections = new Map<number, Client>(); // all: not yet in the room, in it, and on the way out
+  clients: Client[] = []; // those in the room, to whom a batch goes
+  addresses = new Map<string, Address>(); // where they come from
+  nextId = 1;
+  refused = 0; // connections that are only told why they cannot enter
+
   batch = ""; // what the next flush says to everybody
+  batchBytes = 0; // its length as UTF-8
   nextFlush: "none" | "later" | "soon" = "none";
   restUntil = 0; // ms; before then no flush for news alone
-  roster: string | null = null; // the line with all names; null while it is out of date
-  received = 0; // chunks and FINs so far, by which one sees whether more are coming
+  leavers: Client[] = []; // have left the room, and get what was said before that with the next flush
+  sliced = new Set<Client>(); // have used up their slice, and are read from again after the next flush
+
+  received = 0; // chunks and FINs so far, which shows whether more are coming
+  held = 0; // bytes in memory that wait to be read by clients, or came from them ahead of the rate
+
+  roster: string | null = null; // all names, in order of coming; null while it is out of date
+  whoAnswer: Parcel | null = null; // likewise what /who says
+
   constructor(readonly options: ServerOptions) {}
 }
 
-// --- The life of a client ----------------------------------------------------------------------
+/**
+ * Where a connection is.
+ * - connecting: not greeted yet. The TLS handshake goes on, or too many come from its address.
+ * - naming: greeted. Its first line will be its name.
+ * - joined: in the room.
+ * - closing: on its way out. It gets what is queued for it, then our FIN, then it is closed.
+ */
+type Phase = "connecting" | "naming" | "joined" | "closing";
 
-/** Takes in a new connection. Under TLS it may be spoken to only after the handshake. */
-export function handleClient(room: Room, socket: Bun.Socket<Client>): void {
-  const { maxClients, maxPerAddress = Infinity, tls, log } = room.options;
-  const client = (socket.data = new Client(socket));
-  client.address = socket.remoteAddress; // gone when it is closed
-  if (!client.address) return void socket.terminate(); // reset while it waited to be accepted
-  log?.(`New connection from ${endpoint(client.address, socket.remotePort)}`);
-  const total = room.connections.add(client).size - room.refused; // this one among them
-  const siblings = (room.addresses.get(client.address) ?? 0) + 1;
-  if (total > maxClients) client.refusal = "* The server is full. Try again later.";
-  else if (siblings > maxPerAddress) client.refusal = "* Too many connections from your address.";
-  else room.addresses.set(client.address, siblings);
-  socket.setKeepAlive(true, KEEPALIVE);
-  // The refused must not use up the descriptors, even if then the last ones miss the reason.
-  if (client.refusal && ++room.refused > SPARE_SOCKETS / 2) socket.end();
-  else if (!tls) greet(room, client);
+/** One connection, from its greeting to its end. It is `socket.data` of its socket. */
+class Client {
+  phase: Phase = "connecting";
+  endpoint = ""; // address and port, for the log
+  address: Address | null = null; // null for one that is refused a place
+  refusal = ""; // why it is refused a place
+  deadline = performance.now() + LOBBY_DEADLINE; // ms; until then it must get on
+
+  unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
+  finished = false; // its FIN has come; what it sent before may still be unread
+  heldBack = false; // its socket is paused: it is ahead of the rate, or of the others
+  linePaid = false; // the line that it is held back for has been charged
+  sliceUsed = 0; // bytes of its lines, and of the answers to them, since the last flush
+  paidUntil = performance.now() - NEWCOMER_BURST; // ms; see `charge`
+
+  ownBatch: Part[] | null = null; // what it gets instead of the batch; null for the very batch
+  ownBatchEnd = 0; // bytes of the batch that are in `ownBatch`, or left out of it
+  ownPrivates: PrivateDebt[] = []; // private messages in `ownBatch`
+
+  queue: Entry[] = []; // what the kernel has not taken
+  queued = 0; // bytes in the queue
+  unreadPrivates = 0; // bytes of its own private messages that wait in queues of others
+
+  constructor(
+    readonly id: number,
+    readonly socket: Bun.Socket<Client>,
+  ) {}
 }
 
-function greet(room: Room, client: Client): void {
-  client.phase = "naming";
-  if (client.refusal) dismiss(room, client, client.refusal);
-  else tell(room, client, "Welcome to the chat! What is your name?");
+/** What all connections of one address have in common. An IPv6 /64 is one address. */
+class Address {
+  connections = 0;
+  arrivals = MAX_ARRIVALS; // connections that may be greeted at once
+  waiting = new Set<Client>(); // connections that are not greeted yet, the first one first
+  paidUntil = -Infinity; // ms; see `charge`
+
+  constructor(readonly key: string) {}
 }
 
-/** Takes the first line for a name: the client enters the room, or hears why not and is let go. */
-function join(room: Room, client: Client, line: string): void {
-  const name = line.normalize("NFKC");
-  const refusal = refuseName(room, client, name);
-  if (refusal) return dismiss(room, client, refusal);
-  // The roster goes out at once. All that the room hears from here on is in the batch behind it.
-  tell(room, client, roster(room));
-  broadcastMessage(room, `* ${name} has joined the chat`);
-  [client.share, client.shared] = ["", room.batch.length];
-  client.name = name;
-  client.phase = "joined";
-  room.roster = roster(room) + (room.clients.length > 0 ? `, ${name}` : name);
-  room.clients.push(client);
-  room.names.set(foldName(name), client);
-  room.options.log?.(`User ${name} has joined the chat.`);
+/** Bytes for several clients. However many queues they wait in, they are in memory once. */
+class Parcel {
+  entries = 0; // of queues
+
+  constructor(readonly bytes: Buffer) {}
 }
 
-// Letters, marks and digits of any script, less those that cannot be seen (Unicode UAX #44). No HTTP
-// request begins with one (RFC 9112, section 3), so no web page can talk into the room.
-const NAME = /^[[\p{L}\p{N}]--\p{DI}][[\p{L}\p{M}\p{N}]--\p{DI}]{0,31}$/v;
-// A Cyrillic "а" in "аlice" looks like the Latin one (Unicode UTS #39, mixed-script confusables).
-const ALPHABETS = [/\p{Script=Latin}/u, /\p{Script=Greek}/u, /\p{Script=Cyrillic}/u];
+/** A part of a client's own batch: bytes of the common batch, an answer, or one that many share. */
+type Part = { start: number; end: number } | { answer: string } | { parcel: Parcel };
 
-function refuseName(room: Room, client: Client, name: string): string | null {
-  if (!NAME.test(name)) return "* A name is 1 to 32 letters and digits.";
-  if (ALPHABETS.filter((alphabet) => alphabet.test(name)).length > 1)
-    return "* A name does not mix Latin, Greek and Cyrillic letters.";
-  if (name === client.name) return `* You are called ${name} already.`;
-  const holder = room.names.get(foldName(name));
-  return holder && holder !== client ? `* The name ${name} is taken.` : null;
-}
+/** Bytes of a parcel for one client. */
+type Piece = { parcel: Parcel; start: number; end: number };
 
-/** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
-const foldName = (name: string) =>
-  name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase().normalize("NFKC");
-const roster = (room: Room) =>
-  (room.roster ??= `* The room contains: ${room.clients.map(({ name }) => name).join(", ")}`);
+/** A piece that waits in a queue, since when (ms), and what has been read once it has left. */
+type Entry = Piece & { since: number; privates: PrivateDebt[] };
 
-/** Lets a client go: it gets what was said up to now, and the notice why, if any; then a FIN. */
-function dismiss(room: Room, client: Client, notice?: string): void {
-  if (client.phase === "closing") return;
-  if (notice) tell(room, client, notice);
-  if (client.phase === "joined") send(client, takeShare(client, room.batch));
-  removeClient(room, client);
-  client.deadline = performance.now() + LOBBY_DEADLINE;
-  drain(client);
-}
+/** Private messages count against their sender until their reader has taken them. */
+type PrivateDebt = { sender: Client; bytes: number };
 
-/** Takes a client out of the room, if it is in it, and tells the others that it has left. */
-export function removeClient(room: Room, client: Client, why = ""): void {
-  const { phase, name } = client;
-  client.phase = "closing";
-  if (phase !== "joined") return;
-  room.clients.splice(room.clients.indexOf(client), 1);
-  room.names.delete(foldName(name));
-  room.roster = null;
-  broadcastMessage(room, `* ${name} has left the chat${why}`);
-  room.options.log?.(`Removing user: ${name} from clients${why}`);
-}
+const NOTHING = Buffer.alloc(0);
+const NEWLINE = 10;
+const RETURN = 13;
+const TLS_HANDSHAKE = 0x16; // the first byte of a TLS hello (RFC 8446, section 5.1)
 
-/** The connection is closed, by whomever. Nothing can be told to this client any more. */
-function closed(room: Room, client: Client): void {
-  room.connections.delete(client);
-  if (client.refusal) return void room.refused--;
-  const siblings = (room.addresses.get(client.address) ?? 1) - 1;
-  if (siblings > 0) room.addresses.set(client.address, siblings);
-  else room.addresses.delete(client.address);
-  const lost = countLines(client.unread);
-  removeClient(room, client, lost > 0 ? ` (${lost} or more lines unread)` : "");
-}
-
-/** Looks once a second for those who take too long to give their name or to close, or are gone. */
-function sweep(room: Room): void {
-  for (const client of room.connections) {
-    if (performance.now() < client.deadline) continue;
-    if (client.phase === "naming") dismiss(room, client, "* You gave no name within a minute.");
-    else if (client.phase !== "joined" || hasVanished(client.socket)) client.socket.terminate();
-    else client.deadline += NO_ANSWER / 10;
-  }
-}
-
-// While something is on its way keepalive asks nothing, and Linux sends it again for a quarter of an
-// hour. So we look ourselves who has not answered for long (struct tcp_info in linux/tcp.h, tcp(7)).
-const hasVanished = (() => {
-  const [IPPROTO_TCP, TCP_INFO, info] = [6, 11, new DataView(new ArrayBuffer(60))];
-  const types = { args: ["int", "int", "int", "buffer", "buffer"], returns: "int" } as const;
-  try {
-    const { getsockopt } = dlopen("libc.so.6", { getsockopt: types }).symbols;
-    return ({ fd = -1 }: Bun.Socket<Client> & { fd?: number }) =>
-      getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, Uint32Array.of(info.byteLength)) === 0 &&
-      info.getUint8(2) + info.getUint8(3) > 5 && // tcpi_retransmits and tcpi_probes: tries in vain
-      info.getUint32(56, true) > NO_ANSWER; // tcpi_last_ack_recv
-  } catch {
-    return () => false; // another system
-  }
-})();
-
-// --- The way of a message ----------------------------------------------------------------------
-
-/** Bytes have come, which are lines as far as they end in a newline; or, without any, the FIN. */
-function receive(room: Room, client: Client, chunk?: Buffer): void {
-  room.received++;
-  if (chunk) {
-    client.unread = Buffer.concat([client.unread, chunk]);
-    release(chunk);
-  } else client.finished = true;
-  if (!client.heldBack) readLines(room, client);
-}
-
-/** Takes as many lines as the rate lets through, and reads on when the rest has been taken. */
-function readLines(room: Room, client: Client): void {
-  const bytes = client.unread;
-  const price = 1000 / (room.options.rate || Infinity); // ms of its time for a message
-  const now = performance.now();
-  client.usedUntil = Math.max(client.usedUntil, now - BURST);
-  let start = 0;
-  for (let end; (end = bytes.indexOf(NEWLINE, start)) !== -1; start = end + 1) {
-    if (client.phase === "closing") break;
-    // A short question may have a long answer: who asks on and on waits for the flush in between.
-    if (client.usedUntil + price > now || (client.share?.length ?? 0) > MAX_QUEUE) {
-      client.unread = bytes.subarray(start);
-      client.heldBack = true;
-      client.socket.pause(); // TCP in its turn holds back the sender
-      return void setTimeout(readLines, PACE, room, client);
-    }
-    client.usedUntil += price;
-    takeLine(room, client, bytes, start, end);
-  }
-  // The beginning of a line is kept as a copy: a view would hold the whole chunk.
-  const rest = bytes.subarray(start, start + MAX_LINE + 2);
-  client.unread = rest.length > 0 ? Buffer.from(rest) : NOTHING;
-  release(bytes);
-  if (client.heldBack) client.socket.resume();
-  client.heldBack = false;
-  if (client.finished) dismiss(room, client);
-}
-
-/** Frees bytes at once, if that is worth it: tens of megabytes would pile up to be collected. */
-function release(bytes: Buffer): void {
-  if (bytes.length > MAX_LINE && bytes.buffer instanceof ArrayBuffer) bytes.buffer.transfer(0);
-}
-
-/** A line is bytes until it is whole: a character may be split over two packets. */
-function takeLine(room: Room, client: Client, bytes: Buffer, start: number, end: number): void {
-  if (end > start && bytes[end - 1] === RETURN) end--;
-  const tooLong = end - start > MAX_LINE;
-  const line = tooLong ? "" : bytes.toString("utf8", start, end).replace(UNCLEAN, "");
-  if (client.phase === "naming") join(room, client, line);
-  else if (tooLong)
-    tell(room, client, `* Your message was longer than ${MAX_LINE} bytes and was not sent.`);
-  else if (line.startsWith("/") && !line.startsWith("//")) obey(room, client, line);
-  else if (/\S/.test(line)) {
-    const text = line.startsWith("//") ? line.slice(1) : line;
-    broadcastMessage(room, `[${client.name}] ${text}`, client);
-    room.options.log?.(`Received message from ${client.name}: ${text}`);
-  }
-}
-
-// DEL, C0 and C1 controls but tab, the line separators, and what turns the direction of a text
-// around (Unicode UAX #9): all that could make a terminal or a reader see what nobody wrote.
-const UNCLEAN = /[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
-
-/** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
-export function broadcastMessage(room: Room, line: string, sender?: Client): void {
-  if (sender) addToShare(sender, room.batch);
-  room.batch += line + "\n";
-  if (sender) sender.shared = room.batch.length;
-  scheduleFlush(room, sender !== undefined);
-}
-
-/** Says a line to one client, after all that it has been sent so far. */
-function tell(room: Room, client: Client, line: string): void {
-  if (client.phase !== "joined") return send(client, Buffer.from(line + "\n"));
-  addToShare(client, room.batch, line + "\n");
-  scheduleFlush(room, true);
-}
-
-/** Gives a client its own version of the batch up to here, with an answer behind it. */
-function addToShare(client: Client, batch: string, answer = ""): string {
-  client.share = (client.share ?? "") + batch.slice(client.shared) + answer;
-  client.shared = batch.length;
-  return client.share;
-}
-
-function takeShare(client: Client, batch: string): Buffer {
-  const share = addToShare(client, batch);
-  [client.share, client.shared] = [null, 0];
-  return Buffer.from(share);
-}
-
-/** Sees to the next flush, a system call per client: for mere news, a large room rests first. */
-function scheduleFlush(room: Room, urgent: boolean): void {
-  if (room.nextFlush === "soon" || (room.nextFlush === "later" && !urgent)) return;
-  const rest = urgent ? 0 : room.restUntil - performance.now();
-  room.nextFlush = rest < 1 ? "soon" : "later";
-  if (rest < 1) gather(room);
-  else setTimeout(() => room.nextFlush === "later" && scheduleFlush(room, true), rest);
-}
-
-/** Lets the loop look at all sockets once a turn; flushes when 8 turns have brought nothing new. */
-function gather(room: Room, end = performance.now() + MAX_GATHER, idle = 0, seen = -1): void {
-  if (idle === 8 || performance.now() > end) return flush(room);
-  setImmediate(gather, room, end, room.received === seen ? idle + 1 : 0, room.received);
-}
-
-/** Sends the batch: the very same bytes to all but those who had a part in it. */
-function flush(room: Room, limit = MAX_QUEUE): void {
-  const started = performance.now();
-  const { batch } = room;
-  const bytes = Buffer.from(batch);
-  room.batch = "";
-  room.nextFlush = "none";
-  // A copy, because a removal moves the others up. What is said about it goes into the next batch.
-  for (const client of [...room.clients]) {
-    const lagged = client.queued > 0;
-    send(client, client.share === null ? bytes : takeShare(client, batch));
-    // One batch may be larger than the limit: only who has not kept up with earlier ones is slow.
-    if (!lagged || client.queued <= limit) continue;
-    removeClient(room, client, " (too slow)");
-    client.socket.terminate();
-  }
-  room.restUntil = performance.now() + Math.min(performance.now() - started, MAX_REST);
-}
-
-/** Hands bytes to the kernel. What it does not take waits in the client's queue for `drain`. */
-function send(client: Client, bytes: Uint8Array): void {
-  if (bytes.length === 0) return;
-  const taken = client.queued > 0 ? 0 : client.socket.write(bytes);
-  if (taken < 0 || taken === bytes.length) return; // sent, or closed: `close` will say so
-  client.queue.push(bytes.subarray(taken));
-  client.queued += bytes.length - taken;
-}
-
-/** Sends what waits, now that the kernel may have room; after it the FIN of one who is let go. */
-function drain(client: Client): void {
-  client.queued = 0;
-  for (const bytes of client.queue.splice(0)) send(client, bytes);
-  if (client.phase === "closing" && client.queued === 0) client.socket.shutdown(); // end() loses bytes
-}
-
-// --- Commands ----------------------------------------------------------------------------------
-
-type Run = (room: Room, client: Client, rest: string) => void;
-const COMMANDS: readonly [usage: string, help: string, run: Run][] = [
-  ["/help", "shows this list", (room, client) => tell(room, client, HELP)],
-  ["/who", "says who is here", (room, client) => tell(room, client, roster(room))],
-  ["/nick NAME", "gives you another name", changeName],
-  ["/msg NAME TEXT", "says something to one person only", whisper],
-  ["/quit", "leaves the room", (room, client) => dismiss(room, client)],
-];
-
-const HELP = [...COMMANDS, ["//TEXT", "says /TEXT, for a message that begins with a slash"]]
-  .map(([usage, help]) => `* ${usage} ${help}`)
-  .join("\n");
-
-function obey(room: Room, client: Client, line: string): void {
-  const [word, rest] = splitWord(line);
-  const command = COMMANDS.find(([usage]) => splitWord(usage)[0] === word.toLowerCase());
-  if (command) command[2](room, client, rest);
-  else tell(room, client, `* Unknown command ${word}. Try /help.`);
-}
-
-/** The first word, and what follows without the blanks around it. */
-function splitWord(text: string): [word: string, rest: string] {
-  const end = text.search(/\s|$/);
-  return [text.slice(0, end), text.slice(end).trim()];
-}
-
-function changeName(room: Room, client: Client, wish: string): void {
-  const name = wish.normalize("NFKC");
-  const refusal = refuseName(room, client, name);
-  if (refusal) return tell(room, client, refusal);
-  broadcastMessage(room, `* ${client.name} is now called ${name}`);
-  room.options.log?.(`User ${client.name} is now called ${name}.`);
-  room.names.delete(foldName(client.name));
-  room.names.set(foldName(name), client);
-  room.roster = null;
-  client.name = name;
-}
-
-/** A private message is for two, and therefore never in the log. */
-function whisper(room: Room, client: Client, rest: string): void {
-  const [name, text] = splitWord(rest);
-  const other = room.names.get(foldName(name));
-  if (text === "") return tell(room, client, "* Say it like this: /msg NAME TEXT");
-  if (!other) return tell(room, client, `* Nobody here is called ${name}.`);
-  const line = `[${client.name} -> ${other.name}] ${text}`;
-  for (const reader of new Set([client, other])) tell(room, reader, line);
-}
-
-// --- Start and shutdown ------------------------------------------------------------------------
+// --- The entry ---------------------------------------------------------------------------------
 
 /**
  * Opens a room, which stays open until `stop()` of the returned handle is called.
  * @throws what Bun.listen throws: with a code such as EADDRINUSE, without one for an unknown host
  */
 export function startServer(options: Partial<ServerOptions> = {}) {
-  const room = new Room({ ...DEFAULTS, ...options });
-  const { host: hostname, port, maxClients, tls = false, logError } = room.options;
-  if (!/^(127\.|::1$|localhost$)/.test(hostname)) room.options.maxPerAddress ??= 64;
-  // A process out of descriptors can do nothing, not even refuse. Bun has raised the soft limit.
-  const report = process.report.getReport() as { userLimits?: { open_files?: { soft?: unknown } } };
-  const limit = Number(report.userLimits?.open_files?.soft) || Infinity; // may be "unlimited"
-  room.options.maxClients = Math.min(maxClients, Math.max(1, limit - SPARE_SOCKETS));
+  const server = new Server({ ...DEFAULTS, ...options });
+  const { host: hostname, port, maxClients, tls = false } = server.options;
+  const isLoopback = /^(127\.|::1$|localhost$)/.test(hostname);
+  if (!isLoopback) server.options.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
+  server.options.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - SPARE_SOCKETS));
+
   const handlers: Bun.SocketHandler<Client> = {
-    open: (socket) => handleClient(room, socket),
-    handshake: (socket, success) => success && greet(room, socket.data),
-    data: (socket, chunk) => receive(room, socket.data, chunk),
-    drain: (socket) => drain(socket.data),
-    // Who has sent a FIN may still read (`echo hi | nc -N`), and have lines that are held back.
-    end: (socket) => receive(room, socket.data),
-    close: (socket) => closed(room, socket.data),
-    error: (socket, error) => {
-      logError?.(error.stack ?? String(error));
-      socket.terminate();
-    },
+    open: (socket) => handleClient(server, socket),
+    handshake: (socket, success) => handleHandshake(server, socket.data, success),
+    data: (socket, chunk) => handleData(server, socket.data, chunk),
+    end: (socket) => handleEnd(server, socket.data),
+    drain: (socket) => handleDrain(server, socket.data),
+    close: (socket) => handleClose(server, socket.data),
+    error: (socket, error) => handleError(server, socket, error),
   };
   const listen = (port: number) =>
+    // Half-open, because a client that has sent its FIN may still read: `... | nc -N`.
     Bun.listen<Client>({ hostname, port, tls, allowHalfOpen: true, socket: handlers });
+
   let listener = listen(port);
-  const sweeper = setInterval(sweep, 1000, room);
+  const sweeper = setInterval(sweep, 1000, server);
+
   return {
     port: listener.port,
-    maxClients: room.options.maxClients,
-    clients: room.clients as readonly Readonly<Pick<Client, "name" | "queued">>[],
-    /** Reads the files of the certificate again, for all who come from now on. Throws as above. */
+    maxClients: server.options.maxClients,
+
+    /** Those in the room, with the bytes that wait for each. */
+    get clients() {
+      return server.clients.map(({ id, queued, socket }) => {
+        const name = server.room.people.get(id) ?? "";
+        return { name, queued, socket };
+      });
+    },
+
+    /** Bytes in memory for all clients together. */
+    get held() {
+      return server.held;
+    },
+
+    /**
+     * Reads the files of the certificate again, for all who come from now on.
+     * @throws what Bun.listen throws; then nothing has changed
+     */
     renewCertificate() {
       listen(0).stop(); // throws before anything has changed
       listener.stop(false);
       listener = listen(listener.port);
     },
-    stop: () => stop(room, listener, sweeper), // takes 2.5 s at most
+
+    /** Delivers what was said, tells everybody, and closes. Resolves within three seconds. */
+    stop: () => stop(server, listener, sweeper),
   };
 }
 
-/** Delivers what was said, announces the end, and gives everybody two seconds to read it all. */
-async function stop(room: Room, listener: Bun.TCPSocketListener<Client>, sweeper: Timer) {
+/** A process without descriptors can do nothing, not even refuse. Bun has raised the soft limit. */
+function openFilesLimit(): number {
+  const report = process.report.getReport() as { userLimits?: { open_files?: { soft?: unknown } } };
+  return Number(report.userLimits?.open_files?.soft) || Infinity; // may be "unlimited"
+}
+
+// --- Text and names ----------------------------------------------------------------------------
+// Nothing here knows the room. What people send is cleaned, so that neither a terminal nor a reader
+// sees what nobody wrote, and names are judged, so that nobody is taken for somebody else.
+
+// DEL, C0 and C1 controls but tab, the line separators, what turns the direction of a text around
+// (Unicode UAX #9), and what cannot be seen and is no part of a script or an emoji: the BOM,
+// interlinear annotations and tags. Joiners and variation selectors are parts, so they stay.
+const UNCLEAN =
+  /[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
+
+// Marks without a width of their own pile up on one letter and cover the lines above. What cannot
+// be seen is counted with them, or else it could be put in between.
+const PILED_MARKS = /([\p{Mn}\p{Me}\p{DI}]{4})[\p{Mn}\p{Me}\p{DI}]+/gu;
+const ASCII = /^[\x20-\x7e]*$/;
+
+/** What people are shown of a text: no controls, and no more than four marks on a letter. */
+export function cleanText(text: string): string {
+  if (ASCII.test(text)) return text;
+  return text.replace(UNCLEAN, "").replace(PILED_MARKS, "$1");
+}
+
+/** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
+function formatEndpoint(host: string, port: number): string {
+  return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+/** The first word, and what follows without the blanks around it. */
+function splitWord(text: string): { word: string; rest: string } {
+  const end = text.search(/\s|$/);
+  return { word: text.slice(0, end), rest: text.slice(end).trim() };
+}
+
+const NAME_RULE = "* A name is 1 to 32 letters and digits.";
+const SHUTDOWN = "* The server is shutting down";
+const SCRIPT_RULE = "* A name is in one script, with two accents on a letter at most.";
+
+// Letters, marks and digits that can be seen (Unicode UAX #44).
+const NAME = /^[[\p{L}\p{Nd}]--\p{DI}][[\p{L}\p{M}\p{Nd}]--\p{DI}]{0,31}$/v;
+const TOO_MANY_MARKS = /[\u0300-\u036f]{3}|[\p{Mn}\p{Me}]{5}/u;
+
+// The scripts in everyday use (Unicode UAX #31, tables 5 and 7). Of the first three only the blocks
+// that names are written in: the others hold phonetic signs that look like plain letters.
+const ALPHABETS = [
+  String.raw`[\p{scx=Latin}&&[\u0000-\u02af\u1e00-\u1eff]]`,
+  String.raw`[\p{scx=Greek}&&[\u0370-\u03ff\u1f00-\u1fff]]`,
+  String.raw`[\p{scx=Cyrillic}&&[\u0400-\u052f]]`,
+  String.raw`\p{scx=Armenian}`,
+].map((letters) => String.raw`[${letters}--\p{Lm}]`);
+
+const WRITTEN_TOGETHER = [
+  String.raw`\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}`,
+  String.raw`\p{scx=Han}\p{scx=Hangul}`,
+  String.raw`\p{scx=Han}\p{scx=Bopomofo}`,
+];
+
+const OTHER_SCRIPTS = `
+  Adlam Arabic Balinese Bengali Canadian_Aboriginal Chakma Cham Cherokee Devanagari Ethiopic Georgian
+  Gujarati Gurmukhi Hanifi_Rohingya Hebrew Javanese Kannada Kayah_Li Khmer Lao Lepcha Limbu Lisu
+  Malayalam Meetei_Mayek Mongolian Myanmar New_Tai_Lue Newa Nko Nyiakeng_Puachue_Hmong Ol_Chiki Oriya
+  Saurashtra Sinhala Sundanese Syloti_Nagri Syriac Tai_Le Tai_Tham Tai_Viet Tamil Telugu Thaana Thai
+  Tibetan Tifinagh Vai Wancho Yi`
+  .trim()
+  .split(/\s+/)
+  // A modifier letter that belongs to no script, such as the Arabic tatweel, is an ornament.
+  .map((script) => String.raw`[\p{scx=${script}}--[\p{Lm}&&\p{sc=Common}]]`);
+
+// Digits 0 to 9 and accents go with every script.
+const ONE_SCRIPT = new RegExp(
+  [...ALPHABETS, ...WRITTEN_TOGETHER, ...OTHER_SCRIPTS]
+    .map((letters) => String.raw`^[${letters}0-9\u0300-\u036f]+$`)
+    .join("|"),
+  "v",
+);
+
+// What looks alike (Unicode UTS #39, confusables.txt): each group is one letter or pair of letters,
+// and those that are taken for it. Upper and lower case are apart, because I looks like l, and L not.
+const LOOK_ALIKES = new Map(
+  `ǃ:ⵑ 2:Ƨᒿ 3:ƷȜЗӠ 4:Ꮞ 5:Ƽ 6:бᏮ 8:Ȣȣ৪੪ 9:৭੧୨൭ Ɂ:ʔᎮ A:ΑАᎪᗅꓮ AE:ÆӔ B:ΒВᏴᗷꓐ C:СᏟꓚ D:Ꭰᗞᗪꓓ
+  Ð:ĐƉ E:ΕЕᎬⴹꓰ F:Ϝᖴꓝ G:ԌᏀᏳꓖ H:ΗНᎻᕼꓧ Ӈ:Ӊ J:ͿЈᎫᒍꓙ K:ΚКᏦꓗ L:Ꮮᒪꓡ M:ΜϺМᎷᗰꓟ N:Νꓠ
+  O:0ΟОՕ\u07c0০ଠ୦ዐⵔꓳ OE:Œ Ɵ:ΘθѲӨᎾᏫⴱ Ø:ⵁ P:ΡРᏢᑭꓑ Q:ⵕ R:ƦᎡᏒᖇꓣ S:ЅՏᏕᏚꓢ T:ΤТᎢꓔ U:Սሀᑌꓴ Ʉ:Ꮜ
+  V:Ѵ\u0667\u06f7Ꮩᐯⴸꓦ W:ԜᎳᏔꓪ X:ΧХⵝꓫ Y:ΥУҮᎩᎽꓬ Ɏ:Ұ Z:ΖᏃꓜ a:ɑαа ae:æӕ b:ƄЬᏏᑲᖯ bl:Ы Ƃ:ƃБ
+  ƀ:ѢѣҌҍ c:сꮯ d:ԁᏧᑯꓒ dz:ʣ e:еҽ f:քẝ g:ƍɡց h:һհᏂ ɦ:Ᏺ ħ:ћ i:ıɩɪιіӏᎥꭵ j:ϳј
+  l:1IƖǀΙІӀ\u0661\u06f1ⵏꓲ lO:Ю ll:ǁ ls:ʪ lz:ʫ Ɨ:ƚ n:ոռ ƞ:η
+  o:οσоօ\u0665\u06f5०੦૦௦౦೦ഠ൦๐໐၀ჿ oe:œ ɵ:ѳөꮎꮻ p:ρр q:ԛգզ r:гꮁ rn:m ɍ:ғ s:ƽѕꮪ ts:ʦ u:ʋυս
+  v:νѵꮩ w:ɯѡԝաꮃ x:хᕁᕽ y:ɣʏγуүყỿ ɏ:ұ z:ꮓ Þ:Ϸ ß:βᏰ þ:ƿϸ ĸ:κкꮶ ƅ:ьꮟ Ɔ:Ͻꓛ Ǝ:ⴺꓱ Ə:Ә Ɛ:ԐᏋ Ʃ:Σⵉ
+  ƫ:Ꮏ Ʊ:ᘮᘴ ǝ:əә Ƕ:Ԋ ȝ:ʒӡჳ ȷ:յ ɂ:ꭾ Ʌ:ΛЛ\u0668\u06f8ᐱⴷꓥ ɔ:ͻ ɜ:з ɢ:ԍᏻꮐ ɰ:պሣ ɸ:φф ʀ:ꭱꮢ ʍ:мꮇ
+  ʘ:ⵙ ʙ:вᏼ ʜ:нꮋ ӈ:ӊ ʟ:ꮮ Γ:ГᎱᒥ Δ:ᐃⵠ Π:П Φ:ФՓቀ Ψ:Ѱ Ω:ᘯᘵ π:п ς:ϛ ψ:ѱ Ͷ:И Ѡ:Ꮗᗯ Ҷ:Ӌ ҷ:ӌ
+  Ո:በᑎꓵ ձ:ኔ Մ:ሆ Ռ:ቡ Ի:ኮ Պ:ጣ ͷ:и τ:тꭲ δ:ծᕷẟ Ͱ:ᎨᎰ ɛ:εєԑꮛ`
+    .split(/\s+/)
+    .flatMap((group) => {
+      const [letter = "", alike = ""] = group.split(":");
+      return Array.from(alike, (other) => [other, letter] as const);
+    }),
+);
+
+/** A name as it is kept (Unicode UAX #15). Normalizing takes time that grows with its square. */
+function normalizeName(typed: string): string {
+  return typed.length > MAX_NAME ? "" : typed.normalize("NFKC");
+}
+
+/** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
+function foldName(name: string): string {
+  const folded = name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase();
+  return folded.normalize("NFKC");
+}
+
+/** The keys under which a name is held: as it is read, and as it looks. Not for long names. */
+function nameKeys(name: string): string[] {
+  const letters = Array.from(name.normalize("NFD"), (letter) => LOOK_ALIKES.get(letter) ?? letter);
+  return [foldName(name), foldName(letters.join(""))];
+}
+
+// --- The room and its events -------------------------------------------------------------------
+// `apply` must come to the same result wherever the same events are applied in the same order. So it
+// looks at nothing but the room and the event: no clock, no socket, no option.
+
+/** Something that changes the room. `client` is the number of a connection. */
+export type RoomEvent =
+  | { type: "join"; client: number; name: string }
+  | { type: "say"; client: number; text: string }
+  | { type: "nick"; client: number; name: string }
+  | { type: "leave"; client: number; reason: string };
+
+/** What comes of an event: a line for the room and one for the log, a refusal, or nothing. */
+export type Outcome = { heard: string; logged: string } | { refused: string } | null;
+
+/**
+ * Applies an event to the room. No other function changes who is here and what is said.
+ * @returns null for an event that has no place in the room any more, such as a line of somebody who
+ *   has left
+ */
+export function apply(room: Room, event: RoomEvent): Outcome {
+  const name = room.people.get(event.client);
+  if (event.type === "join") return name === undefined ? applyJoin(room, event) : null;
+  if (name === undefined) return null;
+
+  switch (event.type) {
+    case "say":
+      return {
+        heard: `[${name}] ${event.text}`,
+        logged: `Received message from ${name}: ${event.text}`,
+      };
+
+    case "nick": {
+      const newName = normalizeName(event.name);
+      const refused = refuseName(room, event.client, newName);
+      if (refused) return { refused };
+
+      for (const key of nameKeys(name)) room.holders.delete(key);
+      holdName(room, event.client, newName);
+      return {
+        heard: `* ${name} is now called ${newName}`,
+        logged: `User ${name} is now called ${newName}.`,
+      };
+    }
+
+    case "leave":
+      room.people.delete(event.client);
+      for (const key of nameKeys(name)) room.holders.delete(key);
+      return {
+        heard: `* ${name} has left the chat${event.reason}`,
+        logged: `Removing user: ${name} from clients${event.reason}`,
+      };
+  }
+}
+
+function applyJoin(room: Room, event: { client: number; name: string }): Outcome {
+  const name = normalizeName(event.name);
+  const refused = refuseName(room, event.client, name);
+  if (refused) return { refused };
+
+  holdName(room, event.client, name);
+  return {
+    heard: `* ${name} has joined the chat`,
+    logged: `User ${name} has joined the chat.`,
+  };
+}
+
+function holdName(room: Room, client: number, name: string): void {
+  for (const key of nameKeys(name)) room.holders.set(key, client);
+  room.people.set(client, name); // a new name stands where the old one stood
+}
+
+/** Why a client cannot have a name, or null if it can. */
+function refuseName(room: Room, client: number, name: string): string | null {
+  if (!NAME.test(name)) return NAME_RULE;
+  if (!ONE_SCRIPT.test(name) || TOO_MANY_MARKS.test(name)) return SCRIPT_RULE;
+  if (name === room.people.get(client)) return `* You are called ${name} already.`;
+
+  const [sameName, sameLooks] = nameKeys(name).map((key) => room.holders.get(key) ?? client);
+  if (sameName !== client) return `* The name ${name} is taken.`;
+  if (sameLooks !== client) return `* The name ${name} looks like one that is taken.`;
+  return null;
+}
+
+/** The client of that name, in whatever case it is written; undefined if nobody is called so. */
+function findClient(server: Server, name: string): Client | undefined {
+  const holder = server.room.holders.get(foldName(normalizeName(name)));
+  return holder === undefined ? undefined : server.connections.get(holder);
+}
+
+// --- The life of a client ----------------------------------------------------------------------
+
+/** Takes in a new connection. Under TLS nothing can be said to it before the handshake. */
+export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
+  const client = new Client(server.nextId++, socket);
+  socket.data = client;
+  const host = socket.remoteAddress;
+  if (!host) {
+    socket.terminate(); // it was reset while it waited to be accepted
+    return;
+  }
+
+  const { tls, log } = server.options;
+  client.endpoint = formatEndpoint(host, socket.remotePort);
+  log?.(`New connection from ${client.endpoint}`);
+  server.connections.set(client.id, client);
+  socket.setKeepAlive(true, KEEPALIVE);
+
+  givePlace(server, client, host);
+  // The refused must not use up the descriptors, even if then the last ones miss the reason.
+  if (client.refusal && server.refused > SPARE_SOCKETS / 2) cutOff(server, client);
+  else if (!tls) welcome(server, client);
+}
+
+function cutOff(server: Server, client: Client): void {
+  logRefusal(server, client, client.refusal);
+  client.phase = "closing";
+  client.socket.end();
+}
+
+/** Counts a connection, or finds out why there is no place for it. */
+function givePlace(server: Server, client: Client, host: string): void {
+  const { maxClients, maxPerAddress = Infinity } = server.options;
+  const address = findAddress(server, host);
+  const total = server.connections.size - server.refused; // this one among them
+
+  if (total > maxClients) {
+    client.refusal = "* The server is full. Try again later.";
+  } else if (address.connections >= maxPerAddress) {
+    client.refusal = "* Too many connections from your address.";
+  }
+
+  if (client.refusal) {
+    server.refused++;
+  } else {
+    address.connections++;
+    client.address = address;
+  }
+}
+
+function handleHandshake(server: Server, client: Client, success: boolean): void {
+  if (success) welcome(server, client);
+  else logRefusal(server, client, "the TLS handshake failed");
+}
+
+/** Greets a client, now that something can be said to it, or turns it away. */
+function welcome(server: Server, client: Client): void {
+  if (client.refusal) {
+    dismiss(server, client, client.refusal);
+    logRefusal(server, client, client.refusal);
+  } else if (mayArrive(server, client)) {
+    greet(server, client);
+  } else {
+    waitForArrival(client);
+  }
+}
+
+function greet(server: Server, client: Client): void {
+  client.phase = "naming";
+  client.deadline = performance.now() + LOBBY_DEADLINE;
+  tell(server, client, "Welcome to the chat! What is your name?");
+}
+
+/**
+ * Proposes a change of the room, and tells everybody concerned what comes of it. This server is the
+ * only one, so its order is the order of the room, and the event is applied at once.
+ */
+function propose(server: Server, client: Client, event: RoomEvent): void {
+  const present = event.type === "join" ? roster(server) : "";
+  const outcome = apply(server.room, event);
+  if (outcome === null) return;
+
+  if ("refused" in outcome) {
+    if (event.type === "join") {
+      dismiss(server, client, outcome.refused);
+      logRefusal(server, client, `${outcome.refused} It gave ${quote(event.name)}`);
+    } else {
+      tell(server, client, outcome.refused);
+    }
+    return;
+  }
+
+  switch (event.type) {
+    case "join":
+      enterRoom(server, client, present, outcome.heard);
+      server.options.log?.(`${outcome.logged} From ${client.endpoint}`);
+      return;
+    case "say":
+      broadcastMessage(server, outcome.heard, client);
+      break;
+    case "nick":
+    case "leave":
+      forgetRoster(server);
+      broadcastMessage(server, outcome.heard);
+      break;
+  }
+  server.options.log?.(outcome.logged);
+}
+
+/** A newcomer gets the roster at once. All that it hears of the room stands in the batch behind. */
+function enterRoom(server: Server, client: Client, present: string, announcement: string): void {
+  tell(server, client, `* The room contains: ${present}`);
+  charge(server, client, COMING_AND_GOING);
+
+  const name = server.room.people.get(client.id) ?? "";
+  forgetRoster(server);
+  server.roster = present === "" ? name : `${present}, ${name}`;
+
+  broadcastMessage(server, announcement);
+  client.phase = "joined";
+  client.ownBatch = [];
+  client.ownBatchEnd = server.batchBytes;
+  server.clients.push(client);
+}
+
+/** All names, in order of coming. */
+function roster(server: Server): string {
+  server.roster ??= Array.from(server.room.people.values()).join(", ");
+  return server.roster;
+}
+
+function forgetRoster(server: Server): void {
+  server.roster = null;
+  server.whoAnswer = null;
+}
+
+/** Lets a client go: it gets what was said up to now, and a last line if there is one; then a FIN. */
+function dismiss(server: Server, client: Client, lastLine = ""): void {
+  if (client.phase === "closing") return;
+  if (lastLine) tell(server, client, lastLine);
+
+  if (client.phase === "joined") {
+    takeFromBatch(server, client);
+    server.leavers.push(client);
+  }
+  removeClient(server, client);
+  client.deadline = performance.now() + LOBBY_DEADLINE;
+  resume(client); // what it still sends is thrown away, but its FIN must be seen
+  finishWriting(client);
+}
+
+/** Takes a client out of the room, if it is in it, and tells the others that it has left. */
+export function removeClient(server: Server, client: Client, reason = ""): void {
+  const { phase } = client;
+  client.phase = "closing";
+  if (phase !== "joined") return;
+
+  server.clients.splice(server.clients.indexOf(client), 1);
+  propose(server, client, { type: "leave", client: client.id, reason });
+}
+
+/** Cuts a client off. What waits for it is lost, and the others hear why. */
+function drop(server: Server, client: Client, reason: string): void {
+  removeClient(server, client, reason);
+  discard(server, client);
+  client.socket.terminate();
+}
+
+/** The connection is closed, by whomever. Nothing can be told to this client any more. */
+function handleClose(server: Server, client: Client): void {
+  if (!server.connections.delete(client.id)) return;
+  if (client.refusal) server.refused--;
+  if (client.address) {
+    client.address.connections--;
+    client.address.waiting.delete(client);
+  }
+
+  const lost = countLines(client.unread);
+  removeClient(server, client, lost > 0 ? ` (${lost} or more lines unread)` : "");
+  discard(server, client);
+}
+
+/** Frees what waits for a client, and what has come from it and was not read. */
+function discard(server: Server, client: Client): void {
+  for (const entry of client.queue) release(server, entry);
+  client.queue = [];
+  client.queued = 0;
+  client.ownBatch = null;
+  server.sliced.delete(client);
+  keepUnread(server, client, NOTHING);
+}
+
+/** An exception while a client is served costs this client only. */
+function handleError(server: Server, socket: Bun.Socket<Client>, error: Error): void {
+  server.options.logError?.(error.stack ?? String(error));
+  socket.terminate();
+}
+
+/** Looks once a second for clients that take too long, and for addresses that must wait. */
+function sweep(server: Server): void {
+  for (const address of server.addresses.values()) sweepAddress(server, address);
+
+  const now = performance.now();
+  for (const client of server.connections.values()) {
+    if (isSlow(client, now)) drop(server, client, " (too slow)");
+    else if (now >= client.deadline) handleDeadline(server, client);
+  }
+  freeMemory(server);
+}
+
+function handleDeadline(server: Server, client: Client): void {
+  switch (client.phase) {
+    case "connecting":
+      logRefusal(server, client, "it did not finish the TLS handshake within a minute");
+      client.socket.terminate();
+      break;
+    case "naming": {
+      const why =
+        client.unread.length > 0
+          ? "* Your name did not end with a newline within a minute."
+          : "* You gave no name within a minute.";
+      dismiss(server, client, why);
+      logRefusal(server, client, why);
+      break;
+    }
+    case "joined":
+      if (hasVanished(client.socket)) client.socket.terminate();
+      else client.deadline += NO_ANSWER / 10;
+      break;
+    case "closing":
+      client.socket.terminate();
+      break;
+  }
+}
+
+function logRefusal(server: Server, client: Client, why: string): void {
+  server.options.log?.(`Refused ${client.endpoint}: ${why.replace(/^\* /, "")}`);
+}
+
+/** What somebody sent, for the log, where it must not look like anything else. */
+function quote(text: string): string {
+  return JSON.stringify(cleanText(text.slice(0, MAX_NAME)));
+}
+
+// --- Reading -----------------------------------------------------------------------------------
+
+function handleData(server: Server, client: Client, chunk: Buffer): void {
+  if (client.phase === "closing") {
+    free(chunk);
+    return;
+  }
+
+  server.received++;
+  if (client.unread.length === 0) {
+    keepUnread(server, client, chunk);
+  } else {
+    keepUnread(server, client, Buffer.concat([client.unread, chunk]));
+    free(chunk);
+  }
+
+  if (!client.heldBack) readLines(server, client);
+  freeMemory(server);
+}
+
+/** The FIN has come. A client that is held back has lines that it sent before. */
+function handleEnd(server: Server, client: Client): void {
+  server.received++;
+  client.finished = true;
+  if (!client.heldBack) readLines(server, client);
+}
+
+/** Takes as many lines as may be taken now. The rest is taken when the client may go on. */
+function readLines(server: Server, client: Client): void {
+  const bytes = client.unread;
+  let start = 0;
+
+  // A TLS hello to a room without TLS has random bytes that may hold a newline, and words of whoever
+  // caused it: a web page, for instance.
+  if (client.phase === "naming" && bytes[0] === TLS_HANDSHAKE) {
+    dismiss(server, client);
+    logRefusal(server, client, "it speaks TLS");
+  }
+
+  while (client.phase !== "closing") {
+    const newline = bytes.indexOf(NEWLINE, start);
+    if (newline === -1) break;
+    const end = newline > start && bytes[newline - 1] === RETURN ? newline - 1 : newline;
+
+    if (client.sliceUsed > SLICE) {
+      holdBack(server, client, bytes.subarray(start));
+      server.sliced.add(client);
+      scheduleFlush(server, true);
+      return;
+    }
+    const wait = payForLine(server, client, end - start);
+    if (wait > 0) {
+      holdBack(server, client, bytes.subarray(start));
+      setTimeout(readOn, Math.max(wait, PACE), server, client);
+      return;
+    }
+
+    takeLine(server, client, bytes, start, end);
+    start = newline + 1;
+  }
+
+  keepRest(server, client, bytes.subarray(start));
+  free(bytes);
+  if (client.finished) dismiss(server, client);
+}
+
+/** Keeps the beginning of a line, which is no longer than anybody needs to know. */
+function keepRest(server: Server, client: Client, rest: Buffer): void {
+  if (client.phase === "naming" && rest.length > MAX_FIRST_LINE) {
+    dismiss(server, client, NAME_RULE);
+    logRefusal(server, client, NAME_RULE);
+  }
+
+  // A copy: a view would keep the whole chunk in memory.
+  const isWanted = rest.length > 0 && client.phase !== "closing";
+  keepUnread(server, client, isWanted ? Buffer.from(rest.subarray(0, MAX_LINE + 2)) : NOTHING);
+}
+
+/** Stops reading from a client. TCP in its turn holds back the sender. */
+function holdBack(server: Server, client: Client, rest: Buffer): void {
+  keepUnread(server, client, rest);
+  pause(client);
+}
+
+/** Goes on with a client that was held back, outside of any handler of its socket. */
+function readOn(server: Server, client: Client): void {
+  if (client.phase === "closing") return;
+  client.heldBack = false;
+  try {
+    readLines(server, client);
+    if (!client.heldBack) client.socket.resume();
+  } catch (error) {
+    handleError(server, client.socket, error as Error);
+  }
+}
+
+function pause(client: Client): void {
+  client.heldBack = true;
+  client.socket.pause();
+}
+
+function resume(client: Client): void {
+  client.heldBack = false;
+  client.socket.resume();
+}
+
+function keepUnread(server: Server, client: Client, bytes: Buffer): void {
+  // A view keeps all of its memory.
+  server.held += bytes.buffer.byteLength - client.unread.buffer.byteLength;
+  client.unread = bytes;
+}
+
+/** Frees bytes at once, if that is worth it: tens of megabytes would pile up to be collected. */
+function free(bytes: Buffer): void {
+  if (bytes.length > MAX_LINE && bytes.buffer instanceof ArrayBuffer) bytes.buffer.transfer(0);
+}
+
+/** A line is bytes until it is whole: a character may be split over two packets. */
+function takeLine(server: Server, client: Client, bytes: Buffer, start: number, end: number): void {
+  client.sliceUsed += end - start + 1;
+  if (client.phase === "naming") {
+    const name = bytes.toString("utf8", start, Math.min(end, start + MAX_LINE));
+    propose(server, client, { type: "join", client: client.id, name });
+    return;
+  }
+  if (end - start > MAX_LINE) {
+    tell(server, client, `* Your message was longer than ${MAX_LINE} bytes and was not sent.`);
+    return;
+  }
+
+  const line = cleanText(bytes.toString("utf8", start, end));
+  if (line.startsWith("/") && !line.startsWith("//")) {
+    obey(server, client, line);
+  } else if (/\S/.test(line)) {
+    const text = line.startsWith("//") ? line.slice(1) : line;
+    propose(server, client, { type: "say", client: client.id, text });
+  }
+}
+
+function countLines(bytes: Buffer): number {
+  return bytes.toString("latin1").split("\n").length - 1;
+}
+
+// --- Writing -----------------------------------------------------------------------------------
+
+/** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
+export function broadcastMessage(server: Server, line: string, sender?: Client): void {
+  if (sender) takeFromBatch(server, sender);
+  server.batch += line + "\n";
+  server.batchBytes += Buffer.byteLength(line) + 1;
+  if (sender) sender.ownBatchEnd = server.batchBytes;
+
+  if (server.batchBytes >= MAX_BATCH) flush(server);
+  else scheduleFlush(server, sender !== undefined);
+}
+
+/** Says a line to one client, after all that it has been sent so far. */
+function tell(server: Server, client: Client, line: string): void {
+  const text = line + "\n";
+  client.sliceUsed += text.length;
+  if (client.phase !== "joined") {
+    const parcel = new Parcel(Buffer.from(text));
+    send(server, client, { parcel, start: 0, end: parcel.bytes.length });
+    return;
+  }
+
+  const parts = takeFromBatch(server, client);
+  const last = parts.at(-1);
+  if (last && "answer" in last) last.answer += text;
+  else parts.push({ answer: text });
+  scheduleFlush(server, true);
+}
+
+/** Tells a client in the room what many are told. */
+function tellShared(server: Server, client: Client, parcel: Parcel): void {
+  client.sliceUsed += parcel.bytes.length;
+  takeFromBatch(server, client).push({ parcel });
+  scheduleFlush(server, true);
+}
+
+/** Gives a client a batch of its own, with all of the common batch up to here that it should get. */
+function takeFromBatch(server: Server, client: Client): Part[] {
+  client.ownBatch ??= [];
+  const start = client.ownBatchEnd;
+  const end = server.batchBytes;
+  if (start < end) client.ownBatch.push({ start, end });
+  client.ownBatchEnd = end;
+  return client.ownBatch;
+}
+
+/** Sees to the next flush. For news of coming and going, a large room rests first. */
+function scheduleFlush(server: Server, urgent: boolean): void {
+  if (server.nextFlush === "soon" || (server.nextFlush === "later" && !urgent)) return;
+
+  const rest = urgent ? 0 : server.restUntil - performance.now();
+  if (rest >= 1) {
+    server.nextFlush = "later";
+    setTimeout(endRest, rest, server);
+  } else {
+    server.nextFlush = "soon";
+    gather(server, performance.now() + MAX_GATHER, 0, -1);
+  }
+}
+
+function endRest(server: Server): void {
+  if (server.nextFlush === "later") scheduleFlush(server, true);
+}
+
+/** Lets the loop look at all sockets once a turn; flushes when 8 turns have brought nothing new. */
+function gather(server: Server, deadline: number, idleTurns: number, received: number): void {
+  if (server.nextFlush !== "soon") return; // a full batch has left in the meantime
+  if (idleTurns === 8 || performance.now() > deadline) {
+    flush(server);
+    return;
+  }
+  const turns = server.received === received ? idleTurns + 1 : 0;
+  setImmediate(gather, server, deadline, turns, server.received);
+}
+
+/** Sends everybody the same bytes, except clients that have a batch of their own. */
+function flush(server: Server): void {
+  const started = performance.now();
+  const batch = new Parcel(Buffer.from(server.batch));
+  const { leavers, sliced } = server;
+
+  // Whatever fails below, the next line begins a new batch.
+  server.batch = "";
+  server.batchBytes = 0;
+  server.nextFlush = "none";
+  server.leavers = [];
+  server.sliced = new Set();
+
+  // Iterate over a copy: an exception may remove a client.
+  const tooSlow: Client[] = [];
+  const whole = { parcel: batch, start: 0, end: batch.bytes.length };
+  for (const client of [...leavers, ...server.clients]) {
+    try {
+      sendBatch(server, client, whole);
+      if (client.queued > MAX_QUEUE) tooSlow.push(client);
+    } catch (error) {
+      handleError(server, client.socket, error as Error);
+    }
+  }
+  if (batch.entries === 0) free(batch.bytes);
+  server.restUntil = performance.now() + Math.min(performance.now() - started, MAX_REST);
+
+  for (const client of tooSlow) drop(server, client, " (too slow)");
+  freeMemory(server);
+  if (sliced.size > 0) setImmediate(readOnAll, server, sliced); // the loop looks at others first
+}
+
+function readOnAll(server: Server, clients: Set<Client>): void {
+  for (const client of clients) readOn(server, client);
+}
+
+function sendBatch(server: Server, client: Client, batch: Piece): void {
+  client.sliceUsed = 0;
+  if (client.ownBatch === null) {
+    if (client.phase === "joined") send(server, client, batch);
+    return;
+  }
+
+  const parts = client.ownBatch;
+  const rest = { start: client.ownBatchEnd, end: batch.end };
+  if (client.phase === "joined" && rest.start < rest.end) parts.push(rest);
+  client.ownBatch = null;
+  client.ownBatchEnd = 0;
+  for (const piece of joinPieces(parts.map((part) => toPiece(part, batch.parcel))))
+    send(server, client, piece);
+  chargePrivates(client);
+  finishWriting(client);
+}
+
+function toPiece(part: Part, batch: Parcel): Piece {
+  if ("start" in part) return { parcel: batch, start: part.start, end: part.end };
+  const parcel = "parcel" in part ? part.parcel : new Parcel(Buffer.from(part.answer));
+  return { parcel, start: 0, end: parcel.bytes.length };
+}
+
+/** Pieces as they are sent: copied together while they are small, for the sake of a single write. */
+function joinPieces(pieces: Piece[]): Piece[] {
+  let total = 0;
+  for (const { start, end } of pieces) total += end - start;
+  if (pieces.length <= 1 || total > MAX_COPY) return pieces;
+
+  const copies = pieces.map(({ parcel, start, end }) => parcel.bytes.subarray(start, end));
+  return [{ parcel: new Parcel(Buffer.concat(copies)), start: 0, end: total }];
+}
+
+/** Hands bytes to the kernel. What it does not take waits in the client's queue for `drain`. */
+function send(server: Server, client: Client, piece: Piece): void {
+  const { parcel, start, end } = piece;
+  const size = end - start;
+  if (size === 0) return;
+  const sent = client.queue.length > 0 ? 0 : client.socket.write(parcel.bytes, start, size);
+  if (sent === size || sent < 0) return; // a closed socket says so in `close`
+
+  if (parcel.entries === 0) server.held += parcel.bytes.length;
+  parcel.entries++;
+  server.held += ENTRY_OVERHEAD;
+  client.queued += size - sent;
+  const since = performance.now();
+  client.queue.push({ parcel, start: start + sent, end, since, privates: [] });
+}
+
+/** Sends what waits, now that the kernel may have room. */
+function handleDrain(server: Server, client: Client): void {
+  let done = 0;
+  for (const entry of client.queue) {
+    const { parcel, start, end } = entry;
+    const sent = client.socket.write(parcel.bytes, start, end - start);
+    if (sent < 0) return; // closed, and `close` will say so
+    client.queued -= sent;
+    entry.start += sent;
+    if (entry.start < end) break;
+    done++;
+  }
+  for (const entry of client.queue.splice(0, done)) release(server, entry);
+  finishWriting(client);
+}
+
+/** An entry has left a queue. */
+function release(server: Server, { parcel, privates }: Entry): void {
+  parcel.entries--;
+  if (parcel.entries === 0) server.held -= parcel.bytes.length;
+  server.held -= ENTRY_OVERHEAD;
+  for (const { sender, bytes } of privates) sender.unreadPrivates -= bytes;
+}
+
+/** Sends the FIN of a client on its way out, after all that it should get. */
+function finishWriting(client: Client): void {
+  if (client.phase !== "closing" || client.queue.length > 0 || client.ownBatch !== null) return;
+  client.socket.shutdown(); // end() would lose what the kernel has not sent yet
+}
+
+/** A slow reader may have a short queue for ever, and a long one for a while. */
+function isSlow(client: Client, now: number): boolean {
+  const [oldest] = client.queue;
+  return oldest !== undefined && client.queued > SLOW_QUEUE && now - oldest.since > SLOW_AFTER;
+}
+
+/** Drops whoever holds most, until all clients together do not hold too much. */
+function freeMemory(server: Server): void {
+  if (server.held <= MAX_HELD) return;
+
+  const holds = ({ queued, unread }: Client) => queued + unread.length;
+  const clients = Array.from(server.connections.values());
+  for (const client of clients.sort((a, b) => holds(b) - holds(a))) {
+    if (server.held <= MAX_HELD) break;
+    drop(server, client, client.queued > 0 ? " (too slow)" : " (too fast)");
+  }
+}
+
+// --- Commands ----------------------------------------------------------------------------------
+
+type Command = {
+  name: string;
+  parameters: string;
+  help: string;
+  /** `rest` is what follows the name, without the blanks around it. */
+  run(server: Server, client: Client, rest: string): void;
+};
+
+const COMMANDS: readonly Command[] = [
+  { name: "/help", parameters: "", help: "shows this list", run: help },
+  { name: "/who", parameters: "", help: "says who is here", run: who },
+  { name: "/nick", parameters: "NAME", help: "gives you another name", run: nick },
+  { name: "/msg", parameters: "NAME TEXT", help: "says something to one person only", run: msg },
+  { name: "/quit", parameters: "", help: "leaves the room", run: dismissWithoutWords },
+];
+
+function formatUsage({ name, parameters }: Pick<Command, "name" | "parameters">): string {
+  return parameters ? `${name} ${parameters}` : name;
+}
+
+function obey(server: Server, client: Client, line: string): void {
+  const { word, rest } = splitWord(line);
+  const name = word.toLowerCase();
+  const command = COMMANDS.find((command) => command.name === name);
+
+  const before = client.sliceUsed;
+  if (command) command.run(server, client, rest);
+  else tell(server, client, `* Unknown command ${word}. Try /help.`);
+  chargeAnswer(server, client, client.sliceUsed - before);
+}
+
+function help(server: Server, client: Client): void {
+  const escape = { name: "//TEXT", parameters: "", help: "says /TEXT, which begins with a slash" };
+  for (const command of [...COMMANDS, escape])
+    tell(server, client, `* ${formatUsage(command)} ${command.help}`);
+}
+
+function who(server: Server, client: Client): void {
+  server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server.room)));
+  tellShared(server, client, server.whoAnswer);
+}
+
+function listPeople(room: Room): string {
+  const names = Array.from(room.people.values()).sort(new Intl.Collator().compare);
+  const are = names.length === 1 ? "person is" : "people are";
+  return `* ${names.length} ${are} here: ${names.join(", ")}\n`;
+}
+
+function nick(server: Server, client: Client, name: string): void {
+  if (name === "") tell(server, client, "* Say it like this: /nick NAME");
+  else propose(server, client, { type: "nick", client: client.id, name });
+}
+
+/** A private message is for two, and therefore neither an event of the room nor in the log. */
+function msg(server: Server, client: Client, rest: string): void {
+  const { word: name, rest: text } = splitWord(rest);
+  const reader = findClient(server, name);
+  if (text === "") {
+    tell(server, client, "* Say it like this: /msg NAME TEXT");
+    return;
+  }
+  if (!reader) {
+    tell(server, client, `* Nobody here is called ${name}.`);
+    return;
+  }
+  if (client.unreadPrivates > MAX_PRIVATE) {
+    tell(server, client, "* Your private messages are not being read. This one was not sent.");
+    return;
+  }
+
+  const { people } = server.room;
+  const line = `[${people.get(client.id)} -> ${people.get(reader.id)}] ${text}`;
+  tell(server, client, line);
+  if (reader === client) return;
+  tell(server, reader, line);
+  reader.ownPrivates.push({ sender: client, bytes: line.length });
+}
+
+/** Private messages that wait in a queue count against their senders until they have been taken. */
+function chargePrivates(reader: Client): void {
+  if (reader.ownPrivates.length === 0) return;
+  const last = reader.queue.at(-1);
+  if (last) {
+    last.privates.push(...reader.ownPrivates);
+    for (const { sender, bytes } of reader.ownPrivates) sender.unreadPrivates += bytes;
+  }
+  reader.ownPrivates = [];
+}
+
+function dismissWithoutWords(server: Server, client: Client): void {
+  dismiss(server, client);
+}
+
+// --- Budgets -----------------------------------------------------------------------------------
+// Work is paid for with time: a unit, which is about a short line, costs 1/rate of a second. Whoever
+// is ahead of the time waits, and loses nothing. What is paid for in advance keeps its place: so of
+// several clients with one budget each gets its turn.
+
+/**
+ * Charges a client for work, and its address where connections per address are limited.
+ * @returns ms until the work is paid for; 0 if there was credit for it
+ */
+function charge(server: Server, client: Client, units: number): number {
+  const { rate } = server.options;
+  if (rate === 0) return 0;
+
+  const wait = spend(client, units, rate);
+  if (!client.address || !sharesBudget(server)) return wait;
+  return Math.max(wait, spend(client.address, units, ADDRESS_SHARE * rate));
+}
+
+function spend(account: Client | Address, units: number, rate: number): number {
+  const now = performance.now();
+  account.paidUntil = Math.max(account.paidUntil, now - BURST) + (units * 1000) / rate;
+  return Math.max(0, account.paidUntil - now);
+}
+
+/** Charges for a line of so many bytes. The line that a client was held back for is paid. */
+function payForLine(server: Server, client: Client, bytes: number): number {
+  if (client.phase !== "joined") return 0; // its coming has a price of its own
+  if (client.linePaid) {
+    client.linePaid = false;
+    return 0;
+  }
+  const wait = charge(server, client, 1 + Math.floor(Math.min(bytes, MAX_LINE) / BYTES_PER_UNIT));
+  client.linePaid = wait > 0;
+  return wait;
+}
+
+/** An answer is for one client only, so it is no matter of its address. */
+function chargeAnswer(server: Server, client: Client, bytes: number): void {
+  const { rate } = server.options;
+  if (rate > 0) spend(client, bytes / ANSWER_BYTES_PER_UNIT, rate);
+}
+
+/** Whether all connections of an address have a common budget. */
+function sharesBudget(server: Server): boolean {
+  return server.options.rate > 0 && server.options.maxPerAddress !== undefined;
+}
+
+/** Whether a connection may be greeted at once, or too many have come from its address. */
+function mayArrive(server: Server, { address }: Client): boolean {
+  if (!address || !sharesBudget(server)) return true;
+  if (address.arrivals === 0) return false;
+  address.arrivals--;
+  return true;
+}
+
+function waitForArrival(client: Client): void {
+  client.address?.waiting.add(client);
+  client.deadline = Infinity; // its minute begins when it is greeted
+  pause(client);
+}
+
+/** Once a second an address may greet one more connection. It is forgotten when it has all credit. */
+function sweepAddress(server: Server, address: Address): void {
+  const [next] = address.waiting;
+  if (next) {
+    address.waiting.delete(next);
+    resume(next);
+    greet(server, next);
+  } else if (address.arrivals < MAX_ARRIVALS) {
+    address.arrivals++;
+  } else if (address.connections === 0 && address.paidUntil < performance.now() - BURST) {
+    server.addresses.delete(address.key);
+  }
+}
+
+function findAddress(server: Server, host: string): Address {
+  const key = addressKey(host);
+  const known = server.addresses.get(key);
+  if (known) return known;
+
+  const address = new Address(key);
+  server.addresses.set(key, address);
+  return address;
+}
+
+/**
+ * What counts as one address: an IPv4 address, also in its IPv6 form (RFC 4291, section 2.5.5.2), or
+ * the first 64 bits of an IPv6 address, because whoever has one of those has all of them (RFC 6177).
+ */
+export function addressKey(host: string): string {
+  const [, ipv4] = /^::ffff:(\d+\.\d+\.\d+\.\d+)$/i.exec(host) ?? [];
+  if (ipv4) return ipv4;
+  if (!host.includes(":")) return host;
+
+  const [before = "", after = ""] = host.split("::");
+  const groups = before === "" ? [] : before.split(":");
+  const last = after === "" ? [] : after.split(":");
+  while (groups.length + last.length < 8) groups.push("0");
+  return [...groups, ...last].slice(0, 4).join(":");
+}
+
+// --- Shutdown ----------------------------------------------------------------------------------
+
+/** Delivers what was said, announces the end, and gives everybody some time to read it all. */
+async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, sweeper: Timer) {
+  const started = performance.now();
   listener.stop(false);
   clearInterval(sweeper);
+
   // What clients have sent before is in the kernel: it is all read when a look brings nothing new.
-  let deadline = performance.now() + STOP_DEADLINE / 4;
-  for (let seen = -1; seen < room.received && performance.now() < deadline; await Bun.sleep(5))
-    seen = room.received;
-  for (const client of room.clients) {
+  let received = -1;
+  while (received < server.received || server.sliced.size > 0) {
+    if (performance.now() > started + STOP_DEADLINE / 5) break;
+    received = server.received;
+    await Bun.sleep(5);
+  }
+
+  for (const client of server.clients) {
     const late = countLines(client.unread);
-    if (late > 0) tell(room, client, `* Your last lines came too late: ${late} or more.`);
+    if (late > 0) tell(server, client, `* Your last lines came too late: ${late} or more.`);
   }
-  broadcastMessage(room, SHUTDOWN);
-  flush(room, Infinity); // nobody is too slow now: a queue just below its limit has two seconds, too
-  room.clients.length = 0;
-  for (const client of room.connections) {
-    if (client.phase === "naming") tell(room, client, SHUTDOWN);
-    client.phase = "closing";
-    drain(client);
+  broadcastMessage(server, SHUTDOWN);
+  flush(server);
+
+  for (const client of server.connections.values()) {
+    if (client.phase === "naming") tell(server, client, SHUTDOWN);
+    client.phase = "closing"; // without a word to the others, who leave as well
+    resume(client);
+    finishWriting(client);
   }
-  deadline = performance.now() + STOP_DEADLINE;
-  while (room.connections.size > 0 && performance.now() < deadline) await Bun.sleep(5);
-  for (const client of room.connections) client.socket.terminate();
+  server.clients.length = 0;
+
+  while (server.connections.size > 0 && performance.now() < started + STOP_DEADLINE)
+    await Bun.sleep(5);
+  for (const client of server.connections.values()) client.socket.terminate();
 }
 
 // --- The program -------------------------------------------------------------------------------
@@ -478,7 +1290,7 @@ async function stop(room: Room, listener: Bun.TCPSocketListener<Client>, sweeper
 const OPTIONS = [
   ["host", "HOST", `the address to listen on (${DEFAULTS.host}; 0.0.0.0 for the whole network)`],
   ["port", "PORT", `the port to listen on (${DEFAULTS.port}; 0 takes a free one)`],
-  ["rate", "N", `messages a second from one client (${DEFAULTS.rate}; 0 for no limit)`],
+  ["rate", "N", `short lines a second from one client (${DEFAULTS.rate}; 0 for no limit)`],
   ["max-clients", "N", `connections at a time (${DEFAULTS.maxClients})`],
   ["max-per-address", "N", "connections from one address (64; no limit on loopback)"],
   ["tls-cert", "FILE", "encrypt the room with this certificate (PEM), read again on SIGHUP"],
@@ -499,94 +1311,179 @@ export function main(): void {
   const print = createPrinter(process.stdout);
   const logError = createPrinter(process.stderr);
   const server = startServer({ ...options, log: quiet ? undefined : print, logError });
-  print(`Server is running on ${endpoint(options.host, server.port)}, waiting for connections...`);
+  const endpoint = formatEndpoint(options.host, server.port);
+  print(`Server is running on ${endpoint}, waiting for connections...`);
   if (server.maxClients < options.maxClients)
     print(`At most ${server.maxClients} clients: more would need more open files (ulimit -n).`);
-  const shutDown = () => {
+
+  function shutDown(exitCode: number): void {
     // The second signal ends the process at once, as it does where nobody listens to it.
     process.removeAllListeners("SIGINT").removeAllListeners("SIGTERM");
     process.removeAllListeners("SIGHUP").on("SIGHUP", () => {}); // it would open the room again
     print("Server is shutting down");
+    process.exitCode = exitCode;
     // Output that nobody reads may hold up the end, but not for ever.
-    void server.stop().then(() => setTimeout(process.exit, STOP_DEADLINE / 5, 0).unref());
-  };
-  process.on("SIGINT", shutDown).on("SIGTERM", shutDown);
-  process.on("uncaughtException", (error) => logError(error.stack ?? String(error))); // of a timer
-  if (!options.tls) return;
-  process.on("SIGHUP", () => {
+    const exit = () => setTimeout(process.exit, 400).unref();
+    server.stop().then(exit, failAgain);
+  }
+
+  // Nobody knows what state this leaves the room in. It ends in good order, with exit code 1, so that
+  // a supervisor starts a new one.
+  function fail(error: unknown): void {
+    process.removeAllListeners("uncaughtException").on("uncaughtException", failAgain);
+    logError(describe(error));
+    shutDown(1);
+  }
+
+  function failAgain(error: unknown): void {
+    console.error(describe(error));
+    process.exit(1);
+  }
+
+  function renewCertificate(): void {
     try {
       server.renewCertificate();
       print("The certificate has been read again.");
     } catch (error) {
       logError(`The certificate stays as it was. ${explain(error)}`);
     }
-  });
+  }
+
+  process.on("SIGINT", () => shutDown(0));
+  process.on("SIGTERM", () => shutDown(0));
+  process.on("SIGHUP", () => (options.tls ? renewCertificate() : shutDown(0)));
+  process.on("uncaughtException", fail);
 }
 
-/** The options, or their help. @throws TypeError, as parseArgs does, for the one who typed */
+function describe(error: unknown): string {
+  return error instanceof Error ? (error.stack ?? error.message) : String(error);
+}
+
+/**
+ * The options that were typed. Shows the help or the version, and ends, when they ask for it.
+ * @throws TypeError on bad options; its message is for the user
+ */
 function readOptions() {
-  const type = (value: string) => ({ type: value ? ("string" as const) : ("boolean" as const) });
-  const options = Object.fromEntries(OPTIONS.map(([name, value]) => [name, type(value)]));
-  const { values } = parseArgs({ options });
+  const { values } = parseArgs({
+    options: Object.fromEntries(
+      OPTIONS.map(([name, value]) => [name, { type: value ? "string" : "boolean" }] as const),
+    ),
+  });
   const { host, quiet, help, version, "tls-cert": cert, "tls-key": key } = values;
   if (help || version) {
     console.log(help ? USAGE : `bun-chat server ${VERSION}`);
     process.exit(0);
   }
-  const number = <T>(name: string, least: number, most: number, fallback: T) => {
-    const text = values[name];
-    if (text === undefined) return fallback;
-    if (/^\d+$/.test(`${text}`) && +text >= least && +text <= most) return +text;
-    throw new TypeError(`--${name} takes a number from ${least} to ${most}, not "${text}"`);
-  };
   if ((cert === undefined) !== (key === undefined))
     throw new TypeError("--tls-cert and --tls-key go together");
+
+  function readInteger<T>(name: string, least: number, most: number, fallback: T) {
+    const text = values[name];
+    if (text === undefined) return fallback;
+    const number = /^\d+$/.test(`${text}`) ? Number(text) : NaN;
+    if (number >= least && number <= most) return number;
+    throw new TypeError(`--${name} takes a number from ${least} to ${most}, not "${text}"`);
+  }
+
   return {
     host: `${host || DEFAULTS.host}`,
-    port: number("port", 0, 65_535, DEFAULTS.port),
-    rate: number("rate", 0, 1_000_000, DEFAULTS.rate),
-    maxClients: number("max-clients", 1, 1_000_000, DEFAULTS.maxClients),
-    maxPerAddress: number("max-per-address", 1, 1_000_000, undefined),
+    port: readInteger("port", 0, 65_535, DEFAULTS.port),
+    rate: readInteger("rate", 0, 1_000_000, DEFAULTS.rate),
+    maxClients: readInteger("max-clients", 1, 1_000_000, DEFAULTS.maxClients),
+    maxPerAddress: readInteger("max-per-address", 1, 1_000_000, undefined),
     tls: cert !== undefined && { cert: Bun.file(`${cert}`), key: Bun.file(`${key}`) },
     quiet,
   };
 }
 
-const PROBLEMS: readonly [code: RegExp, advice: string][] = [
-  [/^EADDRINUSE$/, "The port is in use: choose another one with --port."],
-  [/^EACCES$/, "That port is for the administrator: choose one above 1023 with --port."],
-  [/^E(ADDRNOTAVAIL|NOTFOUND)$|^undefined$/, "This machine has no such address: change --host."],
-  [/^ERR_OSSL_.*MISMATCH$/, "The key does not belong to the certificate."],
-  [/OSSL|ISDIR|NOENT/, "The certificate or the key is not in PEM, or the key needs a password."],
+const PROBLEMS: readonly { code: RegExp; advice: string }[] = [
+  { code: /^EADDRINUSE$/, advice: "The port is in use: choose another one with --port." },
+  {
+    code: /^EACCES$/,
+    advice: "That port is for the administrator: choose one above 1023 with --port.",
+  },
+  {
+    code: /^E(ADDRNOTAVAIL|NOTFOUND)$|^undefined$/,
+    advice: "This machine has no such address: change --host.",
+  },
+  { code: /^ERR_OSSL_.*MISMATCH$/, advice: "The key does not belong to the certificate." },
+  {
+    code: /OSSL|ISDIR|NOENT/,
+    advice: "The certificate or the key is not in PEM, or the key needs a password.",
+  },
 ];
 
-/** What to tell a person: a TypeError is about the options, or a file of them that is empty. */
+/** What to tell a person. A TypeError is about the options, or about a file of them that is empty. */
 function explain(error: unknown): string {
   const { code, path, message } = error as NodeJS.ErrnoException;
   if (error instanceof TypeError) return `${message.split(/\.\s/)[0]}. See bun server.ts --help.`;
   if (path !== undefined) return `The file ${path} cannot be read.`;
-  return PROBLEMS.find(([pattern]) => pattern.test(`${code}`))?.[1] ?? message;
+  return PROBLEMS.find((problem) => problem.code.test(`${code}`))?.advice ?? message;
 }
 
-/** Prints lines with the local time, all of a turn at once. What nobody reads is only counted. */
+/**
+ * Returns a function that prints a line with the local time, all lines of a turn at once. Lines that
+ * nobody reads in time are left out and counted.
+ */
 function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
-  let [turn, lost] = ["", 0];
-  let waiting = 0; // characters that nobody has read, which Bun does not tell in `writableLength`
-  stream.on("error", () => {});
-  const write = () => {
+  let turn = ""; // what is printed at the end of this turn
+  let waiting = 0; // characters of earlier turns that nobody has read; Bun's `writableLength` is 0
+  let lost = 0; // lines
+
+  function print(): void {
     const { length } = turn;
     waiting += length;
     stream.write(turn, () => (waiting -= length));
     turn = "";
-  };
+  }
+
+  stream.on("error", () => {}); // the chat goes on without a log
   return (line) => {
-    if (waiting > MAX_QUEUE) return void lost++;
-    if (turn === "") setImmediate(write);
+    if (waiting > MAX_LOG) {
+      lost++;
+      return;
+    }
+    if (turn === "") setImmediate(print);
     const time = new Date().toLocaleString("sv"); // Swedish writes 2026-12-31 23:59:59
     if (lost > 0) turn += `${time} (${lost} lines are missing here: nobody read them in time)\n`;
     turn += `${time} ${line}\n`;
     lost = 0;
   };
+}
+
+// --- The operating system by hand --------------------------------------------------------------
+// While something is on its way, keepalive asks nothing, and Linux sends it again for a quarter of
+// an hour. So we look ourselves for peers that have not answered for long: struct tcp_info in
+// linux/tcp.h, tcp(7). On other systems the kernel decides.
+
+const IPPROTO_TCP = 6;
+const TCP_INFO = 11;
+const TCP_INFO_BYTES = 60; // up to the last field that we read
+const RETRANSMITS_AT = 2; // tcpi_retransmits, a byte: how often the same bytes were sent in vain
+const PROBES_AT = 3; // tcpi_probes, a byte: how often the peer was asked in vain
+const LAST_ACK_AT = 56; // tcpi_last_ack_recv, 32 bits: ms since the peer has answered
+
+/** Whether a peer is gone without a word, and not only silent or slow. */
+const hasVanished = createVanishedCheck();
+
+function createVanishedCheck(): (socket: Bun.Socket<Client>) => boolean {
+  const parameters = {
+    args: ["int", "int", "int", "buffer", "buffer"],
+    returns: "int",
+  } as const;
+  const info = new DataView(new ArrayBuffer(TCP_INFO_BYTES));
+
+  try {
+    const { getsockopt } = dlopen("libc.so.6", { getsockopt: parameters }).symbols;
+    return ({ fd = -1 }: Bun.Socket<Client> & { fd?: number }) => {
+      const size = Uint32Array.of(TCP_INFO_BYTES);
+      if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, size) !== 0) return false;
+      const triesInVain = info.getUint8(RETRANSMITS_AT) + info.getUint8(PROBES_AT);
+      return triesInVain > 5 && info.getUint32(LAST_ACK_AT, true) > NO_ANSWER;
+    };
+  } catch {
+    return () => false; // not Linux with glibc
+  }
 }
 
 if (import.meta.main) {
