@@ -32,7 +32,7 @@ import { tmpdir } from "node:os";
 import { dirname } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import type { Socket } from "bun";
-import type { ServerOptions } from "./server.ts";
+import type { RoomEvent, ServerOptions } from "./server.ts";
 
 // --- A process that is not one -----------------------------------------------------------------
 // Most tests of the programs run them as people do, in processes of their own, where no coverage is
@@ -117,7 +117,14 @@ mock.module("bun:ffi", () => ({
     return { symbols: { getsockopt } };
   },
 }));
-const { startServer, main: serverMain } = await import("./server.ts");
+const {
+  addressKey,
+  apply,
+  cleanText,
+  Room,
+  startServer,
+  main: serverMain,
+} = await import("./server.ts");
 
 useStraw();
 const { main: clientMain, PACE, receiveMessages, splitLines } = await import("./client.ts");
@@ -156,6 +163,7 @@ type Address = { port: number; ca?: string | undefined };
 class Peer {
   received = Buffer.alloc(0);
   total = 0; // bytes received
+  onlyCounts = false; // what comes is thrown away
   ended = Promise.withResolvers<void>(); // a FIN has come
   closed = Promise.withResolvers<Error | undefined>();
   private unsent = Buffer.alloc(0);
@@ -175,7 +183,7 @@ class Peer {
         open: (socket) => void (socket.data = new Peer(socket)),
         handshake: ({ data: peer }) => peer.send(""), // only now can anything be sent
         data: ({ data: peer }, chunk) => {
-          peer.received = Buffer.concat([peer.received, chunk]);
+          if (!peer.onlyCounts) peer.received = Buffer.concat([peer.received, chunk]);
           peer.total += chunk.length;
           peer.wake();
         },
@@ -230,6 +238,14 @@ class Peer {
     return lines;
   }
 
+  /** Waits until so many bytes have come; an end before that is a failure. */
+  async bytes(total: number): Promise<void> {
+    while (this.total < total) {
+      if (!this.open) throw new Error(`ended after ${this.total} of ${total} bytes`);
+      await new Promise<void>((resolve) => (this.wake = resolve));
+    }
+  }
+
   /** All lines up to the end of the connection. */
   async rest(): Promise<string[]> {
     const lines = [];
@@ -238,12 +254,13 @@ class Peer {
   }
 
   /** All that has come until `last` does, without it. */
-  async until(last: string): Promise<string[]> {
+  async until(last: string | RegExp): Promise<string[]> {
     const lines = [];
     for (;;) {
       const line = await this.line();
-      if (line === last) return lines;
-      if (line === null) throw new Error(`ended before "${last}", after ${JSON.stringify(lines)}`);
+      if (line === last || (last instanceof RegExp && last.test(line ?? ""))) return lines;
+      if (line === null)
+        throw new Error(`ended before "${last}", after ${lines.length} lines, ${lines.at(-1)}`);
       lines.push(line);
     }
   }
@@ -1243,6 +1260,16 @@ describe("bun server.ts", () => {
     expect(await server.exited).toBe(143);
   });
 
+  test("SIGHUP ends a room without TLS in good order", async () => {
+    const server = await serve();
+    const alice = await enter(server, "alice");
+    server.process.kill("SIGHUP");
+    expect(await alice.rest()).toEqual(["* The server is shutting down"]);
+    alice.socket.end();
+    expect(await server.exited).toBe(0);
+    expect(server.output).toContain("Server is shutting down");
+  });
+
   test("options reach the room", async () => {
     const server = await serve("--max-clients", "1", "--rate", "0");
     const alice = await enter(server, "alice");
@@ -1887,6 +1914,84 @@ describe("bad input", () => {
   });
 });
 
+describe("the log", () => {
+  /** A room whose log a test reads, each line with its port as PORT. */
+  function openLogged(options: Partial<ServerOptions> = {}) {
+    const log: string[] = [];
+    const add = (event: string) => log.push(event.replace(/:\d{4,5}\b/, ":PORT"));
+    const server = options.tls ? openTls({ log: add }) : open({ log: add, ...options });
+    return { server, log };
+  }
+
+  test.each([
+    ["two words", `A name is 1 to 32 letters and digits. It gave "two words"`],
+    ["bоb", `A name is in one script, with two accents on a letter at most. It gave "bоb"`],
+    ["ALICE", `The name ALICE is taken. It gave "ALICE"`],
+    ["a1ice", `The name a1ice looks like one that is taken. It gave "a1ice"`],
+    [
+      '"\u001b[31m\r2026-01-01 Server is shutting down\u2028\u202e\\',
+      `A name is 1 to 32 letters and digits. It gave "\\"[31m2026-01-01 Server is shutting down\\\\"`,
+    ],
+    ["y".repeat(600), `A name is 1 to 32 letters and digits. It gave "${"y".repeat(128)}"`],
+  ])("says that and why %j was refused, and that cannot be forged", async (name, reason) => {
+    const { server, log } = openLogged();
+    await enter(server, "alice");
+    await refusal(server, name);
+    expect(log.slice(2)).toEqual([
+      "New connection from 127.0.0.1:PORT",
+      `Refused 127.0.0.1:PORT: ${reason}`,
+    ]);
+  });
+
+  test("says who found no place", async () => {
+    const { server, log } = openLogged({ maxClients: 1 });
+    await enter(server, "alice");
+    await (await Peer.connect(server)).rest();
+    expect(log.at(-1)).toBe("Refused 127.0.0.1:PORT: The server is full. Try again later.");
+    const other = openLogged({ maxPerAddress: 1 });
+    await enter(other.server, "alice");
+    await (await Peer.connect(other.server)).rest();
+    expect(other.log.at(-1)).toBe(
+      "Refused 127.0.0.1:PORT: Too many connections from your address.",
+    );
+  });
+
+  test("says who gave no name in time, and tells one whose name had no end", async () => {
+    jest.useFakeTimers();
+    const { server, log } = openLogged();
+    const silent = await greeted(server);
+    const endless = await greeted(server);
+    endless.send("alice");
+    await (await greeted(server)).socket.terminate();
+    await enter(server, "bob");
+    jest.advanceTimersByTime(61_000);
+    expect(await silent.rest()).toEqual(["* You gave no name within a minute."]);
+    expect(await endless.rest()).toEqual([
+      "* Your name did not end with a newline within a minute.",
+    ]);
+    expect(log.slice(-2)).toEqual([
+      "Refused 127.0.0.1:PORT: You gave no name within a minute.",
+      "Refused 127.0.0.1:PORT: Your name did not end with a newline within a minute.",
+    ]);
+  });
+
+  test("says whose TLS handshake failed, or did not come", async () => {
+    jest.useFakeTimers();
+    const { server, log } = openLogged({ tls: {} });
+    const plain = await Peer.connect({ port: server.port });
+    plain.send("GET / HTTP/1.1\r\n\r\n");
+    await plain.ended.promise;
+    expect(log.at(-1)).toBe("Refused 127.0.0.1:PORT: the TLS handshake failed");
+    const silent = await Peer.connect({ port: server.port });
+    await enter(server, "alice");
+    jest.advanceTimersByTime(61_000);
+    await silent.ended.promise;
+    expect(log.at(-1)).toBe(
+      "Refused 127.0.0.1:PORT: it did not finish the TLS handshake within a minute",
+    );
+  });
+});
+
 describe("faults", () => {
   test("a reader that stops again and again, and reads a part each time, loses nothing", async () => {
     const server = open();
@@ -2036,6 +2141,77 @@ describe("faults", () => {
     await stillServes(server, alice, bob);
   });
 
+  test("an exception while a batch is sent costs one client, and everybody else gets every line", async () => {
+    const problems: string[] = [];
+    const server = open({ logError: (problem) => problems.push(problem) });
+    const room = await enterAll(server, "alice", "bob", "carol", "dave", "erin");
+    const [alice, bob, carol, dave, erin] = room as [Peer, Peer, Peer, Peer, Peer];
+    const victims = [server.clients[1]?.socket, server.clients[3]?.socket] as unknown[];
+    const sockets = Object.getPrototypeOf(alice.socket) as Socket<unknown>;
+    const { write } = sockets;
+    sockets.write = function (this: Socket<unknown>, ...bytes: [Uint8Array]) {
+      if (victims.includes(this)) throw new Error("on purpose");
+      return write.apply(this, bytes);
+    } as typeof write;
+    try {
+      for (let number = 0; number < 50; number++) alice.send(`line ${number}\n`);
+      await Promise.all([bob.closed.promise, dave.closed.promise]);
+    } finally {
+      sockets.write = write;
+    }
+    alice.send("done\n");
+    for (const peer of [carol, erin]) {
+      const heard = await peer.until("[alice] done");
+      expect(heard.filter((line) => line.startsWith("["))).toEqual(numbered("alice", 50));
+      expect(heard.filter((line) => line.startsWith("*"))).toEqual([
+        "* bob has left the chat",
+        "* dave has left the chat",
+      ]);
+    }
+    expect(problems).toHaveLength(2);
+    await stillServes(server, alice, carol);
+  });
+
+  test("an exception while a client is read from later costs that client only", async () => {
+    jest.useFakeTimers();
+    const problems: string[] = [];
+    const server = open({
+      rate: 10,
+      log: (event) => {
+        if (event.endsWith(" mallory: line 20")) throw new Error("on purpose");
+      },
+      logError: (problem) => problems.push(problem),
+    });
+    const [alice, mallory, bob] = (await enterAll(server, "alice", "mallory", "bob")) as Peer[];
+    if (!alice || !mallory || !bob) throw new Error();
+    mallory.send(Array.from({ length: 40 }, (_, number) => `line ${number}\n`).join(""));
+    await bob.until(`[mallory] line ${NEWCOMER_LINES - 1}`);
+    for (let tick = 0; tick < 20; tick++) jest.advanceTimersByTime(100);
+    await bob.until(/^\* mallory has left the chat \(\d+ or more lines unread\)$/);
+    expect(problems).toHaveLength(1);
+    await stillServes(server, alice, bob);
+  });
+
+  test("2,000 who leave at once, each with a last line, are all heard and all get the end", async () => {
+    const server = open();
+    const witness = await enter(server, "witness");
+    const leavers: Peer[] = [];
+    while (leavers.length < 2_000) {
+      const names = Array.from({ length: 200 }, (_, number) => `user${leavers.length + number}`);
+      leavers.push(...(await Promise.all(names.map((name) => enter(server, name)))));
+    }
+    for (const peer of leavers) peer.onlyCounts = true;
+    for (const peer of leavers) {
+      peer.send("bye\n");
+      peer.socket.shutdown();
+    }
+    await Promise.all(leavers.map((peer) => peer.ended.promise));
+    witness.send("/who\n");
+    const heard = await witness.until(present("witness"));
+    for (const suffix of ["] bye", " has joined the chat", " has left the chat"])
+      expect(heard.filter((line) => line.endsWith(suffix))).toHaveLength(2_000);
+  });
+
   test("standard output that is closed stops nothing", async () => {
     const server = await inShell(
       `exec ${process.execPath} server.ts --port 0 --rate 0 > >(head -n 1)`,
@@ -2158,6 +2334,596 @@ describe("faults", () => {
     expect(await server.exited).toBe(1);
     expect(server.problems).toContain("on purpose");
     expect(server.output).toContain("Server is shutting down");
+  });
+});
+
+// --- The room and its events ---------------------------------------------------------------------
+
+describe("apply", () => {
+  type Row = [event: RoomEvent, heard: string | null, people: string];
+
+  /** Applies events in turn, each with what the room hears of it (null: nothing) and who is here. */
+  function play(...rows: Row[]): void {
+    const room = new Room();
+    for (const [event, heard, people] of rows) {
+      const outcome = apply(room, event);
+      const said = outcome && "heard" in outcome ? outcome.heard : null;
+      const { type, client } = event;
+      expect([type, client, said, Array.from(room.people.values()).join(" ")]).toEqual([
+        type,
+        client,
+        heard,
+        people,
+      ]);
+    }
+  }
+
+  test("a room is what its events have made of it", () => {
+    play(
+      [{ type: "join", client: 1, name: "alice" }, "* alice has joined the chat", "alice"],
+      [{ type: "join", client: 2, name: "bob" }, "* bob has joined the chat", "alice bob"],
+      [{ type: "say", client: 1, text: "hello" }, "[alice] hello", "alice bob"],
+      [{ type: "join", client: 3, name: "ALICE" }, null, "alice bob"],
+      [{ type: "nick", client: 2, name: "Alice" }, null, "alice bob"],
+      [{ type: "nick", client: 1, name: "Alice" }, "* alice is now called Alice", "Alice bob"],
+      [{ type: "nick", client: 1, name: "carol" }, "* Alice is now called carol", "carol bob"],
+      [
+        { type: "join", client: 3, name: "alice" },
+        "* alice has joined the chat",
+        "carol bob alice",
+      ],
+      [{ type: "leave", client: 1, reason: "" }, "* carol has left the chat", "bob alice"],
+      [{ type: "say", client: 3, text: "bye" }, "[alice] bye", "bob alice"],
+      [
+        { type: "leave", client: 3, reason: " (too slow)" },
+        "* alice has left the chat (too slow)",
+        "bob",
+      ],
+    );
+  });
+
+  test("an event that comes too late changes nothing", () => {
+    play(
+      [{ type: "say", client: 1, text: "hello" }, null, ""],
+      [{ type: "nick", client: 1, name: "alice" }, null, ""],
+      [{ type: "leave", client: 1, reason: "" }, null, ""],
+      [{ type: "join", client: 1, name: "alice" }, "* alice has joined the chat", "alice"],
+      [{ type: "join", client: 1, name: "bob" }, null, "alice"],
+      [{ type: "leave", client: 1, reason: "" }, "* alice has left the chat", ""],
+      [{ type: "leave", client: 1, reason: "" }, null, ""],
+      [{ type: "say", client: 1, text: "hello" }, null, ""],
+    );
+  });
+
+  test("a name is refused in words, at that point of the order", () => {
+    const room = new Room();
+    const refuse = (name: string) => apply(room, { type: "join", client: 9, name });
+    expect(refuse("")).toEqual({ refused: NAME_RULE });
+    expect(refuse("a".repeat(129))).toEqual({ refused: NAME_RULE });
+    expect(refuse("bоb")).toEqual({ refused: SCRIPT_RULE });
+    apply(room, { type: "join", client: 1, name: "bob" });
+    expect(refuse("Bob")).toEqual({ refused: "* The name Bob is taken." });
+    expect(refuse("b0b")).toEqual({ refused: "* The name b0b looks like one that is taken." });
+    apply(room, { type: "nick", client: 1, name: "bob2" });
+    expect(refuse("b0b")).toMatchObject({ heard: "* b0b has joined the chat" });
+  });
+
+  test("all keys of a name are free when its holder has left or has another one", () => {
+    const room = new Room();
+    for (const name of ["mam", "Ill", "Straße", "Аӏісе"]) {
+      apply(room, { type: "join", client: 1, name });
+      apply(room, { type: "nick", client: 1, name: "someone" });
+      apply(room, { type: "leave", client: 1, reason: "" });
+    }
+    expect(room).toEqual(new Room());
+  });
+
+  test("the same events make the same room, whatever they are", () => {
+    const random = randomNumbers(5);
+    const names = ["bob", "Bob", "b0b", "ΤΟΜ", "Tom", "mam", "rnarn", "", "bоb", "Zoë", "a b"];
+    const events = Array.from({ length: 3000 }, (): RoomEvent => {
+      const client = random(8);
+      const name = names[random(names.length)] ?? "";
+      const kinds: RoomEvent[] = [
+        { type: "join", client, name },
+        { type: "nick", client, name },
+        { type: "say", client, text: name },
+        { type: "leave", client, reason: "" },
+      ];
+      return kinds[random(4)] ?? { type: "say", client, text: "" };
+    });
+    const [one, other] = [new Room(), new Room()];
+    for (const event of events) {
+      expect(apply(one, event)).toEqual(apply(other, event));
+      // Nobody holds a name that somebody else holds, nor keeps one after leaving.
+      const holders = new Set(one.holders.values());
+      expect(Array.from(holders).sort()).toEqual(Array.from(one.people.keys()).sort());
+    }
+    expect(one).toEqual(other);
+  });
+});
+
+// --- Strangers -------------------------------------------------------------------------------------
+
+describe("names of all the world", () => {
+  const WELCOME_NAMES = `
+    Zoë Øyvind Łukasz Þórdís Ağaoğlu İpek Çınar Győző Đorđe Nguyễn Trần Ştefan Ñusta Āria Ǹjídékà Ọláolú
+    Ɛfua Ŋaaba Алиса7 Юрий Їжак Ђорђе Ғабит Өнөр Ελένη Άννα Πλάτων Արամ Գոհար თამარ נועם אליס שָׂרָה
+    محمد أحمد فاطمه پریسا ژاله ރަޝީދު राम कृष्ण श्री ज़ेंडाया সুমন ਗੁਰਪ੍ਰੀਤ પ્રિયા ଜଗନ୍ନାଥ தமிழ் శ్రీ ಕಾವ್ಯ
+    ശ്രീജ සුනිල් สมชาย นิ่ม ນາງ ဖြိုး မျိုး သူရ កុសល ចាន់ སྒྲོལ བསྟན አበበ ሰላም 小明 王芳 佐々木 たろう
+    マリー ハナコ 山田たろう 김철수 金민지 ㄋㄚㄋㄚ ᏣᎳᎩ ᐃᓄᒃ ⴰⵎⴰⵢⴰⵙ ߒߞߏ ꓡꓲꓢꓴ ᠪᠠᠲᠤ ꦱꦫꦶ ᱥᱟᱱ 𞤀𞤣𞤤𞤢𞤥 7 x1 राम७ علی٣`;
+
+  test.each(WELCOME_NAMES.trim().split(/\s+/))("%s is welcome", (name) => {
+    expect(apply(new Room(), { type: "join", client: 1, name })).toEqual({
+      heard: `* ${name.normalize("NFKC")} has joined the chat`,
+      logged: `User ${name.normalize("NFKC")} has joined the chat.`,
+    });
+  });
+
+  test.each([
+    "аlice",
+    "Вob",
+    "aλ",
+    "яλ",
+    "bob7я",
+    "bօb",
+    "b໐b",
+    "bo७b",
+    "小明Bob",
+    "たろうTaro",
+    "aʼ",
+    "aː",
+    "bob\u02b9",
+    "بـوب",
+    "bx\u0301\u0302\u0303b",
+    "ка\u064bт",
+    "राम\u0b3c",
+    "ᴀlice",
+    "bob\ua78c",
+    "Ⲁⲛ",
+    "𐓂𐓂",
+  ])("%s is not written in one script, or is ornate, and is refused", (name) => {
+    expect(apply(new Room(), { type: "join", client: 1, name })).toEqual({ refused: SCRIPT_RULE });
+  });
+
+  // Each row is a name that is taken, and what must not get in while it is.
+  test.each([
+    [
+      "alice",
+      "ALICE aIice a1ice aliсe аlice Аӏісе ɑlice alıce aӏice alɩce Αlice aǀice ａlice 𝒂lice",
+    ],
+    ["bob", "BOB b0b B0B bоb bοb bօb ΒΟΒ ВОВ Ьоь Ƅoƅ b໐b b०b Ꮟob ᗷOᗷ ꓐꓳꓐ"],
+    ["Tom", "tom TOM ΤΟΜ ТОМ T0m Tοm Tоm ꓔꓳꓟ Torn ТОM"],
+    ["mam", "rnam marn rnarn MAM"],
+    ["Ill", "lll I1l 111 ӀӀӀ ΙΙΙ ill"],
+    ["ΑΝΝΑ", "ANNA anna Anna"],
+    ["Сара", "Capa CAPA"],
+    ["Рома", "Poмa"],
+    ["опоо", "oпoo oπoo οποο"],
+    ["пакот", "πακοτ"],
+    ["user10", "user1O userI0 userl0 useг10"],
+    ["Straße", "STRASSE strasse StraSSe"],
+    ["naïve", "naїve NAÏVE nаїve"],
+    ["Ես", "Եu"],
+    ["нос", "HOC"],
+  ])("while %s is here, nobody gets in as one of %s", (held, others) => {
+    for (const name of others.split(" ")) {
+      const room = new Room();
+      apply(room, { type: "join", client: 1, name: held });
+      const looks = `${name.normalize("NFKC")}`;
+      const outcome = apply(room, { type: "join", client: 2, name });
+      const expected = [
+        { refused: SCRIPT_RULE },
+        { refused: NAME_RULE },
+        { refused: `* The name ${looks} is taken.` },
+        { refused: `* The name ${looks} looks like one that is taken.` },
+      ];
+      // Small letters of other scripts look like small capitals, and are no danger to capitals.
+      if (name === "HOC" || name === "Poмa") continue;
+      expect(expected).toContainEqual(outcome as { refused: string });
+    }
+  });
+
+  test.each([
+    ["Lia", "Ila"],
+    ["Ali", "All"],
+    ["Вова", "Bob"],
+    ["Ян", "Яна"],
+    ["user1", "user2"],
+    ["Marta", "Marna"],
+    ["Sam", "5am"],
+    ["Αννα", "Ανα"],
+    ["王", "玉"],
+  ])("%s and %s are two people", (one, other) => {
+    const room = new Room();
+    apply(room, { type: "join", client: 1, name: one });
+    expect(apply(room, { type: "join", client: 2, name: other })).toHaveProperty("heard");
+  });
+});
+
+describe("clean text", () => {
+  test.each([
+    ["left-to-right and right-to-left marks", "a\u200e\u200f\u061cb", "ab"],
+    ["a byte order mark", "\ufeffa\ufeffb", "ab"],
+    ["interlinear annotations", "a\ufff9b\ufffac\ufffbd", "abcd"],
+    ["tags", "a\u{e0001}\u{e0041}\u{e007f}b", "ab"],
+    ["bidirectional controls", "a\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069b", "ab"],
+    ["line separators", "a\u2028\u2029\u0085b", "ab"],
+    ["an escape sequence", "\u001b[31mred\u009b0m", "[31mred0m"],
+    [
+      "hundreds of marks on one letter",
+      `a${"\u0301\u0302".repeat(200)}b`,
+      "a\u0301\u0302\u0301\u0302b",
+    ],
+    ["marks between joiners", `a${"\u0301\u200d".repeat(50)}b`, "a\u0301\u200d\u0301\u200db"],
+    [
+      "marks between what cannot be seen",
+      `a${"\u0301\u034f".repeat(50)}b`,
+      "a\u0301\u034f\u0301\u034fb",
+    ],
+    ["enclosing marks", `a${"\u20dd".repeat(9)}`, `a${"\u20dd".repeat(4)}`],
+  ])("%s", (_, sent, shown) => {
+    expect(cleanText(sent)).toBe(shown);
+  });
+
+  test.each([
+    "plain text, \ttabbed",
+    "👩🏽‍🚀 👨‍👩‍👧‍👦 ❤️ 1️⃣ 🏳️‍🌈 🇩🇪",
+    "می‌روم",
+    "क्‍ष श्री ज़ेंडाया",
+    "လျှို့ဝှက်",
+    "שָׁלוֹם",
+    "Tiếng Việt, é ê\u0323",
+    "བསྒྲུབས",
+    "漢\u{e0100}字",
+  ])("%j stays as it is", (text) => {
+    expect(cleanText(text)).toBe(text);
+  });
+});
+
+describe("a first line", () => {
+  test.each([
+    ["a zero byte in it", "b\0ob\n"],
+    ["an escape in it", "b\u001bob\n"],
+    ["a return in it", "bo\rb\n"],
+    ["a mark of direction in it", "bob\u200f\n"],
+    ["a byte order mark before it", "\ufeffbob\n"],
+    ["127 letters too many", `${"b".repeat(159)}\n`],
+    ["4,000 marks", `a${"\u0315\u0300\u05b0".repeat(700)}\n`],
+    ["much without a newline", "x".repeat(600)],
+    ["an HTTP request", "GET / HTTP/1.1\r\nHost: x\r\n\r\nmallory\nhello\n"],
+    ["a WebSocket handshake", "GET /chat HTTP/1.1\nUpgrade: websocket\n\nmallory\nhello\n"],
+    ["the preface of HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmallory\nhello\n"],
+  ])("with %s ends the connection, and nothing of it is heard", async (_, bytes) => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    const mallory = await greeted(server);
+    mallory.send(bytes);
+    const answer = await mallory.rest();
+    expect(answer).toEqual([NAME_RULE]);
+    await enter(server, "bob");
+    expect(await alice.line()).toBe("* bob has joined the chat");
+  });
+
+  test("that is a TLS hello ends the connection, wherever its random bytes hold a newline", async () => {
+    const log: string[] = [];
+    const server = open({ log: (event) => log.push(event) });
+    const alice = await enter(server, "alice");
+    const random = randomNumbers(7);
+    const hellos = Array.from({ length: 300 }, (_, number) => {
+      const bytes = Buffer.from(Array.from({ length: 120 }, () => random(256)));
+      bytes.set([0x16, 0x03, random(4), 0x00, 0xf4, 0x01]);
+      bytes.write("\nmallory\nhello\n", 6 + random(60));
+      return [bytes, bytes.subarray(0, 1 + (number % 80)), bytes.subarray(1 + (number % 80))];
+    });
+    await Promise.all(
+      hellos.map(async ([whole, head, tail], number) => {
+        const peer = await greeted(server);
+        if (!whole || !head || !tail) throw new Error();
+        if (number % 2 === 0) peer.send(whole);
+        else peer.send(head);
+        if (number % 2 === 1) peer.send(tail);
+        expect(await peer.rest()).toEqual([]);
+      }),
+    );
+    await enter(server, "bob");
+    expect(await alice.line()).toBe("* bob has joined the chat");
+    expect(log.filter((event) => event.endsWith(": it speaks TLS"))).toHaveLength(300);
+  });
+
+  test("is not normalized, nor is any other word, unless it is short", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    // Marks in descending order of their class, which take time that grows with its square.
+    const marks = `a${"\u0315\u0300\u05b0".repeat(600)}`;
+    const { normalize } = String.prototype;
+    let longest = 0;
+    String.prototype.normalize = function (...form: [string?]) {
+      longest = Math.max(longest, this.length);
+      return normalize.apply(this, form);
+    };
+    try {
+      for (const command of [
+        `/msg ${marks} x`,
+        `/nick ${marks}`,
+        `/${marks}`,
+        `/who ${marks}`,
+        marks,
+      ])
+        alice.send(`${command}\n`.repeat(5));
+      alice.send("done\n");
+      await bob.until("[alice] done");
+      const stranger = await greeted(server);
+      stranger.send(`${marks}\n`);
+      expect(await stranger.rest()).toEqual([NAME_RULE]);
+    } finally {
+      String.prototype.normalize = normalize;
+    }
+    expect(longest).toBeLessThanOrEqual(128);
+  });
+});
+
+describe("budgets", () => {
+  /** A room that limits addresses, as on a network. */
+  const openToNetwork = (options: Partial<ServerOptions> = {}) =>
+    open({ rate: 10, maxPerAddress: 64, ...options });
+
+  test("a line costs by its length", async () => {
+    jest.useFakeTimers();
+    const server = open({ rate: 10 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    jest.advanceTimersByTime(30_000);
+    const lines = Array.from({ length: 30 }, (_, number) => `${number} `.padEnd(4096, "x"));
+    alice.send(lines.map((line) => `${line}\n`).join(""));
+    // 100 short lines' worth: eleven of nine.
+    for (let number = 0; number < 11; number++)
+      expect(await bob.line()).toBe(`[alice] ${lines[number]}`);
+    bob.send("/nick bob\n");
+    expect(await bob.line()).toBe("* You are called bob already.");
+    for (let tick = 0; tick < 80; tick++) jest.advanceTimersByTime(100);
+    for (let number = 11; number < 19; number++)
+      expect(await bob.line()).toBe(`[alice] ${lines[number]}`);
+  });
+
+  test("an answer costs by its size", async () => {
+    jest.useFakeTimers();
+    const server = open({ rate: 10 });
+    const names = Array.from({ length: 500 }, (_, number) => `${number}`.padStart(32, "x"));
+    const [first] = await Promise.all(names.map((name) => enter(server, name)));
+    if (!first) throw new Error();
+    await enter(server, "last");
+    await first.until("* last has joined the chat");
+    jest.advanceTimersByTime(30_000);
+    first.send("/who\n".repeat(100));
+    first.send("/nick x\n");
+    // 34 characters a name make 17 KB: about four short lines' worth, and one for the asking.
+    const answers = await first.lines(19);
+    for (const answer of answers) expect(answer).toStartWith("* 501 people are here: ");
+    first.socket.shutdown();
+    jest.advanceTimersByTime(1_000);
+    expect((await first.lines(2)).filter((line) => line?.startsWith("* 501"))).toHaveLength(2);
+  });
+
+  /** So many clients that say 400 lines each as soon as they are in. */
+  async function flood(server: Server, count: number, prefix: string): Promise<Peer[]> {
+    const names = Array.from({ length: count }, (_, number) => `${prefix}${number}`);
+    const crowd = await Promise.all(names.map((name) => enter(server, name)));
+    for (const peer of crowd) peer.send("spam\n".repeat(400));
+    return crowd;
+  }
+
+  /** Counts what is said in a room, and waits for it. */
+  function listen() {
+    const said = new Map<string, number>(); // by the name of whoever said it
+    let wake = () => {};
+    const count = (prefix: string) =>
+      Array.from(said, ([name, lines]) => (name.startsWith(prefix) ? lines : 0)).reduce(
+        (sum, lines) => sum + lines,
+        0,
+      );
+    return {
+      count,
+      log(event: string): void {
+        const [, name] = /^Received message from (\w+): /.exec(event) ?? [];
+        if (name) said.set(name, (said.get(name) ?? 0) + 1);
+        wake();
+      },
+      async until(prefix: string, lines: number): Promise<void> {
+        while (count(prefix) < lines) await new Promise<void>((resolve) => (wake = resolve));
+      },
+    };
+  }
+
+  /** Lets the time pass, and the event loop run. */
+  async function pass(seconds: number): Promise<void> {
+    for (let tick = 0; tick < seconds * 10; tick++) {
+      jest.advanceTimersByTime(100);
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+  }
+
+  test("all connections of one address have one, and none of them waits for ever", async () => {
+    jest.useFakeTimers();
+    const { log, count, until } = listen();
+    const server = openToNetwork({ log });
+    await flood(server, 10, "mallory");
+    await until("mallory", 10 * NEWCOMER_LINES);
+    const honest = await enter(server, "honest");
+    await pass(20);
+    honest.send("hello\n");
+    for (let second = 0; count("honest") === 0; second++) {
+      expect(second).toBeLessThan(3);
+      await pass(1);
+    }
+    await pass(10);
+    // Ten seconds' worth at once, and 40 lines a second.
+    expect(count("mallory")).toBeGreaterThan(20 * 40);
+    expect(count("mallory")).toBeLessThanOrEqual(400 + 33 * 40);
+  });
+
+  test("leaving and coming back does not renew it", async () => {
+    jest.useFakeTimers();
+    const { log, count, until } = listen();
+    const server = openToNetwork({ log });
+    const crowd = await flood(server, 10, "mallory");
+    await until("mallory", 10 * NEWCOMER_LINES);
+    await pass(20);
+    for (const peer of crowd) peer.socket.terminate();
+    await flood(server, 10, "again");
+    await pass(3);
+    // 40 short lines' worth for coming are owed first.
+    expect(count("again")).toBeWithin(1, 3 * 40);
+  });
+
+  test("twenty connections of one address are greeted at once, then one a second", async () => {
+    jest.useFakeTimers();
+    const server = openToNetwork();
+    const crowd = await Promise.all(Array.from({ length: 24 }, () => Peer.connect(server)));
+    const early = crowd.splice(0, 20);
+    for (const peer of early) expect(await peer.line()).toBe(WELCOME);
+    for (const peer of crowd) peer.send("late\n");
+    for (const number of [0, 1, 2, 3]) {
+      expect(crowd.map(({ total }) => total > 0)).toEqual(crowd.map((_, place) => place < number));
+      jest.advanceTimersByTime(1000);
+      expect(await crowd[number]?.line()).toBe(WELCOME);
+    }
+    // The first of them has come in, by a name that was there before its greeting.
+    expect(await crowd[0]?.line()).toBe("* The room contains: ");
+    for (const peer of early) peer.socket.terminate();
+  });
+
+  test("one that waits for its greeting has a minute from then on, and may give up", async () => {
+    jest.useFakeTimers();
+    const server = openToNetwork();
+    const early = await Promise.all(Array.from({ length: 20 }, () => greeted(server)));
+    const [hasty, patient] = [await Peer.connect(server), await Peer.connect(server)];
+    hasty.socket.terminate();
+    await hasty.closed.promise;
+    await pass(2);
+    expect(await patient.line()).toBe(WELCOME);
+    for (const peer of early) peer.socket.terminate();
+    await pass(57);
+    patient.send("patient\n");
+    expect(await patient.line()).toBe("* The room contains: ");
+  });
+
+  test("at rate 0 there is none", async () => {
+    const { log, until } = listen();
+    const server = openToNetwork({ rate: 0, log });
+    await flood(server, 30, "mallory");
+    await until("mallory", 30 * 400);
+  });
+
+  test("on loopback each connection has only its own, unless addresses are limited", async () => {
+    jest.useFakeTimers();
+    const { log, until } = listen();
+    const server = open({ rate: 10, log });
+    await flood(server, 40, "mallory");
+    await until("mallory", 40 * NEWCOMER_LINES);
+  });
+
+  test.each([
+    ["127.0.0.1", "127.0.0.1"],
+    ["::ffff:127.0.0.1", "127.0.0.1"],
+    ["::FFFF:192.0.2.7", "192.0.2.7"],
+    ["2001:db8:1:2:3:4:5:6", "2001:db8:1:2"],
+    ["2001:db8:1:2::6", "2001:db8:1:2"],
+    ["2001:db8:1:3::6", "2001:db8:1:3"],
+    ["2001:db8::6", "2001:db8:0:0"],
+    ["2001:db8::1:2:3:4:5", "2001:db8:0:1"],
+    ["::1", "0:0:0:0"],
+    ["fe80::1%eth0", "fe80:0:0:0"],
+  ])("%s counts as %s", (host, key) => {
+    expect(addressKey(host)).toBe(key);
+  });
+
+  test("an IPv4 address is the same by IPv6", async () => {
+    const server = open({ host: "::", maxPerAddress: 1 });
+    await enter(server, "alice"); // ::ffff:127.0.0.1
+    expect(await (await Peer.connect(server)).rest()).toEqual([
+      "* Too many connections from your address.",
+    ]);
+  });
+});
+
+describe("memory", () => {
+  test("private messages that are not read count against their sender, who is told", async () => {
+    const server = open();
+    const [alice, bob, carol] = await enterThree(server);
+    await lagBehind(server, [alice, bob, carol], 1);
+    const before = queued(server, "carol");
+    const text = "p".repeat(1000);
+    for (let number = 0; number < 100; number++) {
+      alice.send(`/msg carol ${number} ${text}\n`);
+      await alice.line();
+    }
+    expect(queued(server, "carol") - before).toBeWithin(16_000, 20_000);
+    alice.send("/msg carol more\n");
+    const refusal = "* Your private messages are not being read. This one was not sent.";
+    expect(await alice.line()).toBe(refusal);
+    // It is no matter of others, nor of the rest that alice has to say.
+    bob.send("/msg carol and this\n");
+    expect(await bob.line()).toBe("[bob -> carol] and this");
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+
+    carol.socket.resume();
+    const heard = await carol.until("[alice] hello");
+    const privates = heard.filter((line) => line.startsWith("[alice -> carol] "));
+    expect(privates.map((line) => line.split(" ")[3])).toEqual(
+      privates.map((_, number) => `${number}`),
+    );
+    expect(heard).toContain("[bob -> carol] and this");
+    alice.send("/msg carol again\n");
+    expect(await alice.line()).toBe("[alice -> carol] again");
+    expect(await carol.line()).toBe("[alice -> carol] again");
+  });
+
+  test("20,000 private messages reach a reader who keeps up", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(Array.from({ length: 20_000 }, (_, number) => `/msg bob ${number}\n`).join(""));
+    const expected = Array.from({ length: 20_000 }, (_, number) => `[alice -> bob] ${number}`);
+    expect(await bob.lines(20_000)).toEqual(expected);
+    expect(await alice.lines(20_000)).toEqual(expected);
+  });
+
+  test("64 people who say 98 lines of 4 KB at once take little, and nobody is cut off", async () => {
+    const server = await serve("--rate", "0", "--quiet");
+    const names = Array.from({ length: 64 }, (_, number) => `user${number}`);
+    const crowd = await enterAll(server, ...names);
+    const before = crowd.map((peer) => peer.total);
+    const text = `${"x".repeat(4000)}\n`.repeat(98);
+    for (const peer of crowd) peer.onlyCounts = true;
+    for (const peer of crowd) peer.send(text);
+    const lengths = names.map((name) => text.length + 98 * `[${name}] `.length);
+    const sum = lengths.reduce((all, length) => all + length, 0);
+    await Promise.all(
+      crowd.map((peer, place) => peer.bytes((before[place] ?? 0) + sum - (lengths[place] ?? 0))),
+    );
+    expect(memory(server.process.pid, "VmHWM")).toBeLessThan(150 * 1024);
+  });
+
+  test("however many do not read what they ask for, it is bounded, and whoever holds most goes", async () => {
+    const server = open();
+    const witness = await enter(server, "witness");
+    const names = Array.from({ length: 60 }, (_, number) => `greedy${number}`);
+    const crowd = await Promise.all(names.map((name) => enter(server, name)));
+    for (const peer of crowd) {
+      peer.socket.pause();
+      peer.send("/help\n".repeat(60_000)); // with answers of 300 bytes
+    }
+    let most = 0;
+    for (let gone = 0; gone < 10;) {
+      if ((await next(witness)).endsWith(" has left the chat (too slow)")) gone++;
+      most = Math.max(most, server.held);
+    }
+    expect(most).toBeWithin(200 * 1024 * 1024, 260 * 1024 * 1024);
+    witness.send("/who\n");
+    while (!(await next(witness)).includes(" people are here: "));
+    for (const peer of crowd) peer.socket.terminate();
+    while (server.clients.length > 1) await next(witness);
+    expect(server.held).toBe(0);
   });
 });
 

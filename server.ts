@@ -335,11 +335,11 @@ const LOOK_ALIKES = new Map(
   `ǃ:ⵑ 2:Ƨᒿ 3:ƷȜЗӠ 4:Ꮞ 5:Ƽ 6:бᏮ 8:Ȣȣ৪੪ 9:৭੧୨൭ Ɂ:ʔᎮ A:ΑАᎪᗅꓮ AE:ÆӔ B:ΒВᏴᗷꓐ C:СᏟꓚ D:Ꭰᗞᗪꓓ
   Ð:ĐƉ E:ΕЕᎬⴹꓰ F:Ϝᖴꓝ G:ԌᏀᏳꓖ H:ΗНᎻᕼꓧ Ӈ:Ӊ J:ͿЈᎫᒍꓙ K:ΚКᏦꓗ L:Ꮮᒪꓡ M:ΜϺМᎷᗰꓟ N:Νꓠ
   O:0ΟОՕ\u07c0০ଠ୦ዐⵔꓳ OE:Œ Ɵ:ΘθѲӨᎾᏫⴱ Ø:ⵁ P:ΡРᏢᑭꓑ Q:ⵕ R:ƦᎡᏒᖇꓣ S:ЅՏᏕᏚꓢ T:ΤТᎢꓔ U:Սሀᑌꓴ Ʉ:Ꮜ
-  V:Ѵ\u0667\u06f7Ꮩᐯⴸꓦ W:ԜᎳᏔꓪ X:ΧХⵝꓫ Y:ΥУҮᎩᎽꓬ Ɏ:Ұ Z:ΖᏃꓜ a:ɑαа ae:æӕ b:ƄЬᏏᑲᖯ bl:Ы Ƃ:ƃБ
-  ƀ:ѢѣҌҍ c:сꮯ d:ԁᏧᑯꓒ dz:ʣ e:еҽ f:քẝ g:ƍɡց h:һհᏂ ɦ:Ᏺ ħ:ћ i:ıɩɪιіӏᎥꭵ j:ϳј
-  l:1IƖǀΙІӀ\u0661\u06f1ⵏꓲ lO:Ю ll:ǁ ls:ʪ lz:ʫ Ɨ:ƚ n:ոռ ƞ:η
+  V:Ѵ\u0667\u06f7Ꮩᐯⴸꓦ W:ԜᎳᏔꓪ X:ΧХⵝꓫ Y:ΥУҮᎩᎽꓬ Ɏ:Ұ Z:ΖᏃꓜ a:ɑαа ae:æӕ b:ƄЬƅьᏏᑲᖯꮟ bl:Ы Ƃ:ƃБ
+  ƀ:ѢѣҌҍ c:сꮯ d:ԁᏧᑯꓒ dz:ʣ e:еҽ f:քẝ g:ƍɡց h:һհᏂ ɦ:Ᏺ ħ:ћ i:ıɩɪιіᎥꭵ j:ϳј
+  l:1IƖǀΙІӀӏ\u0661\u06f1ⵏꓲ lO:Ю ll:ǁ ls:ʪ lz:ʫ Ɨ:ƚ n:ոռ ƞ:η
   o:οσоօ\u0665\u06f5०੦૦௦౦೦ഠ൦๐໐၀ჿ oe:œ ɵ:ѳөꮎꮻ p:ρр q:ԛգզ r:гꮁ rn:m ɍ:ғ s:ƽѕꮪ ts:ʦ u:ʋυս
-  v:νѵꮩ w:ɯѡԝաꮃ x:хᕁᕽ y:ɣʏγуүყỿ ɏ:ұ z:ꮓ Þ:Ϸ ß:βᏰ þ:ƿϸ ĸ:κкꮶ ƅ:ьꮟ Ɔ:Ͻꓛ Ǝ:ⴺꓱ Ə:Ә Ɛ:ԐᏋ Ʃ:Σⵉ
+  v:νѵꮩ w:ɯѡԝաꮃ x:хᕁᕽ y:ɣʏγуүყỿ ɏ:ұ z:ꮓ Þ:Ϸ ß:βᏰ þ:ƿϸ ĸ:κкꮶ Ɔ:Ͻꓛ Ǝ:ⴺꓱ Ə:Ә Ɛ:ԐᏋ Ʃ:Σⵉ
   ƫ:Ꮏ Ʊ:ᘮᘴ ǝ:əә Ƕ:Ԋ ȝ:ʒӡჳ ȷ:յ ɂ:ꭾ Ʌ:ΛЛ\u0668\u06f8ᐱⴷꓥ ɔ:ͻ ɜ:з ɢ:ԍᏻꮐ ɰ:պሣ ɸ:φф ʀ:ꭱꮢ ʍ:мꮇ
   ʘ:ⵙ ʙ:вᏼ ʜ:нꮋ ӈ:ӊ ʟ:ꮮ Γ:ГᎱᒥ Δ:ᐃⵠ Π:П Φ:ФՓቀ Ψ:Ѱ Ω:ᘯᘵ π:п ς:ϛ ψ:ѱ Ͷ:И Ѡ:Ꮗᗯ Ҷ:Ӌ ҷ:ӌ
   Ո:በᑎꓵ ձ:ኔ Մ:ሆ Ռ:ቡ Ի:ኮ Պ:ጣ ͷ:и τ:тꭲ δ:ծᕷẟ Ͱ:ᎨᎰ ɛ:εєԑꮛ`
@@ -508,7 +508,7 @@ function givePlace(server: Server, client: Client, host: string): void {
 
 function handleHandshake(server: Server, client: Client, success: boolean): void {
   if (success) welcome(server, client);
-  else logRefusal(server, client, "the TLS handshake failed");
+  else if (client.phase !== "closing") logRefusal(server, client, "the TLS handshake failed");
 }
 
 /** Greets a client, now that something can be said to it, or turns it away. */
@@ -670,7 +670,7 @@ function handleDeadline(server: Server, client: Client): void {
   switch (client.phase) {
     case "connecting":
       logRefusal(server, client, "it did not finish the TLS handshake within a minute");
-      client.socket.terminate();
+      drop(server, client, "");
       break;
     case "naming": {
       const why =
@@ -1071,7 +1071,7 @@ const COMMANDS: readonly Command[] = [
   { name: "/quit", parameters: "", help: "leaves the room", run: dismissWithoutWords },
 ];
 
-function formatUsage({ name, parameters }: Pick<Command, "name" | "parameters">): string {
+function formatUsage({ name, parameters }: Command): string {
   return parameters ? `${name} ${parameters}` : name;
 }
 
@@ -1086,10 +1086,13 @@ function obey(server: Server, client: Client, line: string): void {
   chargeAnswer(server, client, client.sliceUsed - before);
 }
 
+const HELP = [
+  ...COMMANDS.map((command) => `* ${formatUsage(command)} ${command.help}`),
+  "* //TEXT says /TEXT, for a message that begins with a slash",
+].join("\n");
+
 function help(server: Server, client: Client): void {
-  const escape = { name: "//TEXT", parameters: "", help: "says /TEXT, which begins with a slash" };
-  for (const command of [...COMMANDS, escape])
-    tell(server, client, `* ${formatUsage(command)} ${command.help}`);
+  tell(server, client, HELP);
 }
 
 function who(server: Server, client: Client): void {
