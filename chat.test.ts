@@ -2349,12 +2349,12 @@ describe("apply", () => {
       const outcome = apply(room, event);
       const said = outcome && "heard" in outcome ? outcome.heard : null;
       const { type, client } = event;
-      expect([type, client, said, Array.from(room.people.values()).join(" ")]).toEqual([
+      expect([
         type,
         client,
-        heard,
-        people,
-      ]);
+        said,
+        Array.from(room.people.values(), ({ name }) => name).join(" "),
+      ]).toEqual([type, client, heard, people]);
     }
   }
 
@@ -2893,14 +2893,16 @@ describe("memory", () => {
     const names = Array.from({ length: 64 }, (_, number) => `user${number}`);
     const crowd = await enterAll(server, ...names);
     const before = crowd.map((peer) => peer.total);
-    const text = `${"x".repeat(4000)}\n`.repeat(98);
-    for (const peer of crowd) peer.onlyCounts = true;
-    for (const peer of crowd) peer.send(text);
-    const lengths = names.map((name) => text.length + 98 * `[${name}] `.length);
+    // In rounds of less than may wait for a reader, however slow this machine is.
+    const text = `${"x".repeat(4000)}\n`.repeat(14);
+    const lengths = names.map((name) => text.length + 14 * `[${name}] `.length);
     const sum = lengths.reduce((all, length) => all + length, 0);
-    await Promise.all(
-      crowd.map((peer, place) => peer.bytes((before[place] ?? 0) + sum - (lengths[place] ?? 0))),
-    );
+    for (const peer of crowd) peer.onlyCounts = true;
+    for (let round = 1; round <= 7; round++) {
+      for (const peer of crowd) peer.send(text);
+      const totals = lengths.map((own, place) => (before[place] ?? 0) + round * (sum - own));
+      await Promise.all(crowd.map((peer, place) => peer.bytes(totals[place] ?? 0)));
+    }
     expect(memory(server.process.pid, "VmHWM")).toBeLessThan(150 * 1024);
   });
 

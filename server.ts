@@ -66,6 +66,7 @@ const DEFAULT_MAX_PER_ADDRESS = 64;
 const ADDRESS_SHARE = 4; // times the rate of one connection
 const MAX_ARRIVALS = 20; // new connections of one address at once; then one a second
 
+const LEAVERS_PER_TURN = 256; // clients that get their last bytes in one turn of the event loop
 const SPARE_SOCKETS = 64; // descriptors kept free for files and for those who are being refused
 const ENTRY_OVERHEAD = 128; // bytes, about, that an entry of a queue takes besides its text
 
@@ -87,9 +88,12 @@ const DEFAULTS = { host: "127.0.0.1", port: 5555, rate: 10, maxClients: 10_000 }
 
 /** The people in the room: what its events have made of it, and nothing else. */
 export class Room {
-  people = new Map<number, string>(); // names by the number of the connection, in order of coming
-  holders = new Map<string, number>(); // who holds a name, by each of its keys (see `nameKeys`)
+  people = new Map<number, Person>(); // by the number of the connection, in order of coming
+  holders = new Map<string, number>(); // who holds a name, by each of its keys
 }
+
+/** A name, and the keys under which nobody else can have it: see `nameKeys`. */
+type Person = { name: string; keys: readonly string[] };
 
 /** One server. A process may run several, which is how the tests do it. */
 class Server {
@@ -110,8 +114,8 @@ class Server {
   received = 0; // chunks and FINs so far, which shows whether more are coming
   held = 0; // bytes in memory that wait to be read by clients, or came from them ahead of the rate
 
-  roster: string | null = null; // all names, in order of coming; null while it is out of date
-  whoAnswer: Parcel | null = null; // likewise what /who says
+  roster: Parcel | null = null; // the line with all names for a newcomer; null while out of date
+  whoAnswer: Parcel | null = null; // the answer to /who; likewise
 
   constructor(readonly options: ServerOptions) {}
 }
@@ -224,8 +228,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     /** Those in the room, with the bytes that wait for each. */
     get clients() {
       return server.clients.map(({ id, queued, socket }) => {
-        const name = server.room.people.get(id) ?? "";
-        return { name, queued, socket };
+        return { name: nameOf(server.room, id), queued, socket };
       });
     },
 
@@ -387,10 +390,11 @@ export type Outcome = { heard: string; logged: string } | { refused: string } | 
  *   has left
  */
 export function apply(room: Room, event: RoomEvent): Outcome {
-  const name = room.people.get(event.client);
-  if (event.type === "join") return name === undefined ? applyJoin(room, event) : null;
-  if (name === undefined) return null;
+  const person = room.people.get(event.client);
+  if (event.type === "join") return person ? null : applyJoin(room, event);
+  if (!person) return null;
 
+  const { name } = person;
   switch (event.type) {
     case "say":
       return {
@@ -399,21 +403,21 @@ export function apply(room: Room, event: RoomEvent): Outcome {
       };
 
     case "nick": {
-      const newName = normalizeName(event.name);
-      const refused = refuseName(room, event.client, newName);
+      const wanted = createPerson(event.name);
+      const refused = refusePerson(room, event.client, wanted);
       if (refused) return { refused };
 
-      for (const key of nameKeys(name)) room.holders.delete(key);
-      holdName(room, event.client, newName);
+      releaseKeys(room, person);
+      addPerson(room, event.client, wanted); // where the old name stood
       return {
-        heard: `* ${name} is now called ${newName}`,
-        logged: `User ${name} is now called ${newName}.`,
+        heard: `* ${name} is now called ${wanted.name}`,
+        logged: `User ${name} is now called ${wanted.name}.`,
       };
     }
 
     case "leave":
+      releaseKeys(room, person);
       room.people.delete(event.client);
-      for (const key of nameKeys(name)) room.holders.delete(key);
       return {
         heard: `* ${name} has left the chat${event.reason}`,
         logged: `Removing user: ${name} from clients${event.reason}`,
@@ -422,32 +426,49 @@ export function apply(room: Room, event: RoomEvent): Outcome {
 }
 
 function applyJoin(room: Room, event: { client: number; name: string }): Outcome {
-  const name = normalizeName(event.name);
-  const refused = refuseName(room, event.client, name);
+  const newcomer = createPerson(event.name);
+  const refused = refusePerson(room, event.client, newcomer);
   if (refused) return { refused };
 
-  holdName(room, event.client, name);
+  addPerson(room, event.client, newcomer);
   return {
-    heard: `* ${name} has joined the chat`,
-    logged: `User ${name} has joined the chat.`,
+    heard: `* ${newcomer.name} has joined the chat`,
+    logged: `User ${newcomer.name} has joined the chat.`,
   };
 }
 
-function holdName(room: Room, client: number, name: string): void {
-  for (const key of nameKeys(name)) room.holders.set(key, client);
-  room.people.set(client, name); // a new name stands where the old one stood
+function createPerson(typedName: string): Person {
+  const name = normalizeName(typedName);
+  return { name, keys: nameKeys(name) };
 }
 
-/** Why a client cannot have a name, or null if it can. */
-function refuseName(room: Room, client: number, name: string): string | null {
+function addPerson(room: Room, client: number, person: Person): void {
+  for (const key of person.keys) room.holders.set(key, client);
+  room.people.set(client, person);
+}
+
+function releaseKeys(room: Room, person: Person): void {
+  for (const key of person.keys) room.holders.delete(key);
+}
+
+/** Why a client cannot be called so, or null if it can. */
+function refusePerson(room: Room, client: number, { name, keys }: Person): string | null {
   if (!NAME.test(name)) return NAME_RULE;
   if (!ONE_SCRIPT.test(name) || TOO_MANY_MARKS.test(name)) return SCRIPT_RULE;
-  if (name === room.people.get(client)) return `* You are called ${name} already.`;
+  if (name === room.people.get(client)?.name) return `* You are called ${name} already.`;
 
-  const [sameName, sameLooks] = nameKeys(name).map((key) => room.holders.get(key) ?? client);
+  const [sameName, sameLooks] = keys.map((key) => room.holders.get(key) ?? client);
   if (sameName !== client) return `* The name ${name} is taken.`;
   if (sameLooks !== client) return `* The name ${name} looks like one that is taken.`;
   return null;
+}
+
+function nameOf(room: Room, client: number): string {
+  return room.people.get(client)?.name ?? "";
+}
+
+function listNames(room: Room): string[] {
+  return Array.from(room.people.values(), ({ name }) => name);
 }
 
 /** The client of that name, in whatever case it is written; undefined if nobody is called so. */
@@ -534,7 +555,6 @@ function greet(server: Server, client: Client): void {
  * only one, so its order is the order of the room, and the event is applied at once.
  */
 function propose(server: Server, client: Client, event: RoomEvent): void {
-  const present = event.type === "join" ? roster(server) : "";
   const outcome = apply(server.room, event);
   if (outcome === null) return;
 
@@ -550,7 +570,7 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
 
   switch (event.type) {
     case "join":
-      enterRoom(server, client, present, outcome.heard);
+      enterRoom(server, client, outcome.heard);
       server.options.log?.(`${outcome.logged} From ${client.endpoint}`);
       return;
     case "say":
@@ -566,13 +586,14 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
 }
 
 /** A newcomer gets the roster at once. All that it hears of the room stands in the batch behind. */
-function enterRoom(server: Server, client: Client, present: string, announcement: string): void {
-  tell(server, client, `* The room contains: ${present}`);
+function enterRoom(server: Server, client: Client, announcement: string): void {
+  const others = server.roster ?? createRoster(server.room, client.id);
+  send(server, client, { parcel: others, start: 0, end: others.bytes.length });
   charge(server, client, COMING_AND_GOING);
 
-  const name = server.room.people.get(client.id) ?? "";
   forgetRoster(server);
-  server.roster = present === "" ? name : `${present}, ${name}`;
+  server.roster = extendRoster(others, nameOf(server.room, client.id));
+  if (others.entries === 0) free(others.bytes);
 
   broadcastMessage(server, announcement);
   client.phase = "joined";
@@ -581,10 +602,19 @@ function enterRoom(server: Server, client: Client, present: string, announcement
   server.clients.push(client);
 }
 
-/** All names, in order of coming. */
-function roster(server: Server): string {
-  server.roster ??= Array.from(server.room.people.values()).join(", ");
-  return server.roster;
+const ROSTER = "* The room contains: ";
+
+/** The line with all names but that of the newcomer, in order of coming. */
+function createRoster(room: Room, newcomer: number): Parcel {
+  const others = Array.from(room.people).filter(([client]) => client !== newcomer);
+  return new Parcel(Buffer.from(`${ROSTER}${others.map(([, { name }]) => name).join(", ")}\n`));
+}
+
+/** Made from the last one: in a room of thousands a new one takes ten times as long. */
+function extendRoster({ bytes }: Parcel, name: string): Parcel {
+  const isEmpty = bytes.length === ROSTER.length + 1;
+  const more = Buffer.from(isEmpty ? `${name}\n` : `, ${name}\n`);
+  return new Parcel(Buffer.concat([bytes.subarray(0, -1), more]));
 }
 
 function forgetRoster(server: Server): void {
@@ -603,7 +633,7 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
   }
   removeClient(server, client);
   client.deadline = performance.now() + LOBBY_DEADLINE;
-  resume(client); // what it still sends is thrown away, but its FIN must be seen
+  if (client.heldBack) resume(client); // what it still sends is thrown away, but not its FIN
   finishWriting(client);
 }
 
@@ -932,10 +962,13 @@ function flush(server: Server): void {
   server.leavers = [];
   server.sliced = new Set();
 
+  const whole = { parcel: batch, start: 0, end: batch.bytes.length };
+  for (const client of leavers) sendBatch(server, client, whole);
+  sendToLeavers(server, leavers);
+
   // Iterate over a copy: an exception may remove a client.
   const tooSlow: Client[] = [];
-  const whole = { parcel: batch, start: 0, end: batch.bytes.length };
-  for (const client of [...leavers, ...server.clients]) {
+  for (const client of [...server.clients]) {
     try {
       sendBatch(server, client, whole);
       if (client.queued > MAX_QUEUE) tooSlow.push(client);
@@ -949,6 +982,18 @@ function flush(server: Server): void {
   for (const client of tooSlow) drop(server, client, " (too slow)");
   freeMemory(server);
   if (sliced.size > 0) setImmediate(readOnAll, server, sliced); // the loop looks at others first
+}
+
+/** Sends the last bytes and our FIN to some leavers a turn: thousands at once would take long. */
+function sendToLeavers(server: Server, leavers: Client[]): void {
+  for (const client of leavers.splice(0, LEAVERS_PER_TURN)) {
+    try {
+      handleDrain(server, client);
+    } catch (error) {
+      handleError(server, client.socket, error as Error);
+    }
+  }
+  if (leavers.length > 0) setImmediate(sendToLeavers, server, leavers);
 }
 
 function readOnAll(server: Server, clients: Set<Client>): void {
@@ -967,10 +1012,10 @@ function sendBatch(server: Server, client: Client, batch: Piece): void {
   if (client.phase === "joined" && rest.start < rest.end) parts.push(rest);
   client.ownBatch = null;
   client.ownBatchEnd = 0;
+  const deliver = client.phase === "joined" ? send : enqueue;
   for (const piece of joinPieces(parts.map((part) => toPiece(part, batch.parcel))))
-    send(server, client, piece);
+    deliver(server, client, piece);
   chargePrivates(client);
-  finishWriting(client);
 }
 
 function toPiece(part: Part, batch: Parcel): Piece {
@@ -996,13 +1041,15 @@ function send(server: Server, client: Client, piece: Piece): void {
   if (size === 0) return;
   const sent = client.queue.length > 0 ? 0 : client.socket.write(parcel.bytes, start, size);
   if (sent === size || sent < 0) return; // a closed socket says so in `close`
+  enqueue(server, client, { parcel, start: start + sent, end });
+}
 
+function enqueue(server: Server, client: Client, { parcel, start, end }: Piece): void {
   if (parcel.entries === 0) server.held += parcel.bytes.length;
   parcel.entries++;
   server.held += ENTRY_OVERHEAD;
-  client.queued += size - sent;
-  const since = performance.now();
-  client.queue.push({ parcel, start: start + sent, end, since, privates: [] });
+  client.queued += end - start;
+  client.queue.push({ parcel, start, end, since: performance.now(), privates: [] });
 }
 
 /** Sends what waits, now that the kernel may have room. */
@@ -1101,7 +1148,7 @@ function who(server: Server, client: Client): void {
 }
 
 function listPeople(room: Room): string {
-  const names = Array.from(room.people.values()).sort(new Intl.Collator().compare);
+  const names = listNames(room).sort(new Intl.Collator().compare);
   const are = names.length === 1 ? "person is" : "people are";
   return `* ${names.length} ${are} here: ${names.join(", ")}\n`;
 }
@@ -1128,8 +1175,8 @@ function msg(server: Server, client: Client, rest: string): void {
     return;
   }
 
-  const { people } = server.room;
-  const line = `[${people.get(client.id)} -> ${people.get(reader.id)}] ${text}`;
+  const { room } = server;
+  const line = `[${nameOf(room, client.id)} -> ${nameOf(room, reader.id)}] ${text}`;
   tell(server, client, line);
   if (reader === client) return;
   tell(server, reader, line);
@@ -1278,7 +1325,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   for (const client of server.connections.values()) {
     if (client.phase === "naming") tell(server, client, SHUTDOWN);
     client.phase = "closing"; // without a word to the others, who leave as well
-    resume(client);
+    if (client.heldBack) resume(client);
     finishWriting(client);
   }
   server.clients.length = 0;
