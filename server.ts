@@ -21,8 +21,8 @@
  * holds up anybody else.
  *
  * From top to bottom: limits, state, the entry (`startServer`), text and names, the room and its
- * events, the life of a client, reading, writing, commands, limits per address, shutdown, the
- * program, and what touches the operating system by hand.
+ * events, the life of a client, reading, writing, commands, budgets, shutdown, the program, and what
+ * touches the operating system by hand.
  */
 
 import { dlopen } from "bun:ffi";
@@ -291,7 +291,6 @@ function splitWord(text: string): { word: string; rest: string } {
 }
 
 const NAME_RULE = "* A name is 1 to 32 letters and digits.";
-const SHUTDOWN = "* The server is shutting down";
 const SCRIPT_RULE = "* A name is in one script, with two accents on a letter at most.";
 
 // Letters, marks and digits that can be seen (Unicode UAX #44).
@@ -678,10 +677,19 @@ function discard(server: Server, client: Client): void {
   keepUnread(server, client, NOTHING);
 }
 
-/** An exception while a client is served costs this client only. */
-function handleError(server: Server, socket: Bun.Socket<Client>, error: Error): void {
-  server.options.logError?.(error.stack ?? String(error));
+/** An exception in a handler of a socket costs this client only. */
+function handleError(server: Server, socket: Bun.Socket<Client>, error: unknown): void {
+  server.options.logError?.(describe(error));
   socket.terminate();
+}
+
+/** Serves a client outside of the handlers of its socket, with the same consequence. */
+function serve(server: Server, client: Client, work: () => void): void {
+  try {
+    work();
+  } catch (error) {
+    handleError(server, client.socket, error);
+  }
 }
 
 /** Looks once a second for clients that take too long, and for addresses that must wait. */
@@ -814,16 +822,14 @@ function holdBack(server: Server, client: Client, rest: Buffer): void {
   pause(client);
 }
 
-/** Goes on with a client that was held back, outside of any handler of its socket. */
+/** Goes on with a client that was held back. */
 function readOn(server: Server, client: Client): void {
-  if (client.phase === "closing") return;
-  client.heldBack = false;
-  try {
+  serve(server, client, () => {
+    if (client.phase === "closing") return;
+    client.heldBack = false;
     readLines(server, client);
     if (!client.heldBack) client.socket.resume();
-  } catch (error) {
-    handleError(server, client.socket, error as Error);
-  }
+  });
 }
 
 function pause(client: Client): void {
@@ -952,8 +958,7 @@ function gather(server: Server, deadline: number, idleTurns: number, received: n
 /** Sends everybody the same bytes, except clients that have a batch of their own. */
 function flush(server: Server): void {
   const started = performance.now();
-  const batch = new Parcel(Buffer.from(server.batch));
-  const { leavers, sliced } = server;
+  const { batch: text, leavers, sliced } = server;
 
   // Whatever fails below, the next line begins a new batch.
   server.batch = "";
@@ -962,23 +967,18 @@ function flush(server: Server): void {
   server.leavers = [];
   server.sliced = new Set();
 
-  const whole = { parcel: batch, start: 0, end: batch.bytes.length };
-  for (const client of leavers) sendBatch(server, client, whole);
+  const parcel = new Parcel(Buffer.from(text));
+  const batch = { parcel, start: 0, end: parcel.bytes.length };
+  for (const client of leavers) serve(server, client, () => sendBatch(server, client, batch));
   sendToLeavers(server, leavers);
 
   // Iterate over a copy: an exception may remove a client.
-  const tooSlow: Client[] = [];
-  for (const client of [...server.clients]) {
-    try {
-      sendBatch(server, client, whole);
-      if (client.queued > MAX_QUEUE) tooSlow.push(client);
-    } catch (error) {
-      handleError(server, client.socket, error as Error);
-    }
-  }
-  if (batch.entries === 0) free(batch.bytes);
+  for (const client of [...server.clients])
+    serve(server, client, () => sendBatch(server, client, batch));
+  if (parcel.entries === 0) free(parcel.bytes);
   server.restUntil = performance.now() + Math.min(performance.now() - started, MAX_REST);
 
+  const tooSlow = server.clients.filter((client) => client.queued > MAX_QUEUE);
   for (const client of tooSlow) drop(server, client, " (too slow)");
   freeMemory(server);
   if (sliced.size > 0) setImmediate(readOnAll, server, sliced); // the loop looks at others first
@@ -986,13 +986,8 @@ function flush(server: Server): void {
 
 /** Sends the last bytes and our FIN to some leavers a turn: thousands at once would take long. */
 function sendToLeavers(server: Server, leavers: Client[]): void {
-  for (const client of leavers.splice(0, LEAVERS_PER_TURN)) {
-    try {
-      handleDrain(server, client);
-    } catch (error) {
-      handleError(server, client.socket, error as Error);
-    }
-  }
+  for (const client of leavers.splice(0, LEAVERS_PER_TURN))
+    serve(server, client, () => handleDrain(server, client));
   if (leavers.length > 0) setImmediate(sendToLeavers, server, leavers);
 }
 
@@ -1093,9 +1088,9 @@ function freeMemory(server: Server): void {
   if (server.held <= MAX_HELD) return;
 
   const holds = ({ queued, unread }: Client) => queued + unread.length;
-  const clients = Array.from(server.connections.values());
-  for (const client of clients.sort((a, b) => holds(b) - holds(a))) {
-    if (server.held <= MAX_HELD) break;
+  const clients = Array.from(server.connections.values()).sort((a, b) => holds(b) - holds(a));
+  for (const client of clients) {
+    if (server.held <= MAX_HELD || holds(client) === 0) break;
     drop(server, client, client.queued > 0 ? " (too slow)" : " (too fast)");
   }
 }
@@ -1264,8 +1259,8 @@ function sweepAddress(server: Server, address: Address): void {
   const [next] = address.waiting;
   if (next) {
     address.waiting.delete(next);
-    resume(next);
-    greet(server, next);
+    serve(server, next, () => greet(server, next));
+    readOn(server, next);
   } else if (address.arrivals < MAX_ARRIVALS) {
     address.arrivals++;
   } else if (address.connections === 0 && address.paidUntil < performance.now() - BURST) {
@@ -1300,6 +1295,8 @@ export function addressKey(host: string): string {
 }
 
 // --- Shutdown ----------------------------------------------------------------------------------
+
+const SHUTDOWN = "* The server is shutting down";
 
 /** Delivers what was said, announces the end, and gives everybody some time to read it all. */
 async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, sweeper: Timer) {
