@@ -114,6 +114,7 @@ class Server {
   received = 0; // chunks and FINs so far, which shows whether more are coming
   held = 0; // bytes in memory that wait to be read by clients, or came from them ahead of the rate
 
+  directory: string[] = []; // all names, sorted
   roster: Parcel | null = null; // the line with all names for a newcomer; null while out of date
   whoAnswer: Parcel | null = null; // the answer to /who; likewise
 
@@ -466,10 +467,6 @@ function nameOf(room: Room, client: number): string {
   return room.people.get(client)?.name ?? "";
 }
 
-function listNames(room: Room): string[] {
-  return Array.from(room.people.values(), ({ name }) => name);
-}
-
 /** The client of that name, in whatever case it is written; undefined if nobody is called so. */
 function findClient(server: Server, name: string): Client | undefined {
   const holder = server.room.holders.get(foldName(normalizeName(name)));
@@ -554,6 +551,7 @@ function greet(server: Server, client: Client): void {
  * only one, so its order is the order of the room, and the event is applied at once.
  */
 function propose(server: Server, client: Client, event: RoomEvent): void {
+  const oldName = nameOf(server.room, client.id);
   const outcome = apply(server.room, event);
   if (outcome === null) return;
 
@@ -568,20 +566,21 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
   }
 
   switch (event.type) {
-    case "join":
-      enterRoom(server, client, outcome.heard);
-      server.options.log?.(`${outcome.logged} From ${client.endpoint}`);
-      return;
     case "say":
       broadcastMessage(server, outcome.heard, client);
       break;
+    case "join":
+      enterRoom(server, client, outcome.heard);
+      break;
     case "nick":
     case "leave":
-      forgetRoster(server);
+      server.roster = null;
       broadcastMessage(server, outcome.heard);
       break;
   }
-  server.options.log?.(outcome.logged);
+  if (event.type !== "say") updateDirectory(server, oldName, nameOf(server.room, client.id));
+  const from = event.type === "join" ? ` From ${client.endpoint}` : "";
+  server.options.log?.(outcome.logged + from);
 }
 
 /** A newcomer gets the roster at once. All that it hears of the room stands in the batch behind. */
@@ -590,7 +589,6 @@ function enterRoom(server: Server, client: Client, announcement: string): void {
   send(server, client, { parcel: others, start: 0, end: others.bytes.length });
   charge(server, client, COMING_AND_GOING);
 
-  forgetRoster(server);
   server.roster = extendRoster(others, nameOf(server.room, client.id));
   if (others.entries === 0) free(others.bytes);
 
@@ -616,9 +614,34 @@ function extendRoster({ bytes }: Parcel, name: string): Parcel {
   return new Parcel(Buffer.concat([bytes.subarray(0, -1), more]));
 }
 
-function forgetRoster(server: Server): void {
-  server.roster = null;
+/**
+ * Keeps the directory sorted, where somebody had no name before, or has none now. To sort it anew for
+ * each /who would take long, and somebody could ask after each /nick.
+ */
+function updateDirectory(server: Server, oldName: string, newName: string): void {
+  const { directory } = server;
+  if (oldName) directory.splice(findPlace(directory, oldName), 1);
+  if (newName) directory.splice(findPlace(directory, newName), 0, newName);
   server.whoAnswer = null;
+}
+
+/** The place of a name in a sorted list, or where it belongs: a binary search. */
+function findPlace(sorted: readonly string[], name: string): number {
+  let low = 0;
+  let high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >>> 1;
+    if (compareNames(sorted[middle] ?? "", name) < 0) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+const alphabet = new Intl.Collator();
+
+/** By the alphabet, and never 0 for two different names. */
+function compareNames(one: string, other: string): number {
+  return alphabet.compare(one, other) || Number(one > other) - Number(one < other);
 }
 
 /** Lets a client go: it gets what was said up to now, and a last line if there is one; then a FIN. */
@@ -875,8 +898,15 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
   }
 }
 
+/** Counts whole lines, but not beyond a hundred: half a megabyte may be nothing but newlines. */
 function countLines(bytes: Buffer): number {
-  return bytes.toString("latin1").split("\n").length - 1;
+  let lines = 0;
+  let newline = bytes.indexOf(NEWLINE);
+  while (newline !== -1 && lines < 100) {
+    lines++;
+    newline = bytes.indexOf(NEWLINE, newline + 1);
+  }
+  return lines;
 }
 
 // --- Writing -----------------------------------------------------------------------------------
@@ -1125,7 +1155,7 @@ function obey(server: Server, client: Client, line: string): void {
   const before = client.sliceUsed;
   if (command) command.run(server, client, rest);
   else tell(server, client, `* Unknown command ${word}. Try /help.`);
-  chargeAnswer(server, client, client.sliceUsed - before);
+  charge(server, client, (client.sliceUsed - before) / ANSWER_BYTES_PER_UNIT);
 }
 
 const HELP = [
@@ -1138,14 +1168,13 @@ function help(server: Server, client: Client): void {
 }
 
 function who(server: Server, client: Client): void {
-  server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server.room)));
+  server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server)));
   tellShared(server, client, server.whoAnswer);
 }
 
-function listPeople(room: Room): string {
-  const names = listNames(room).sort(new Intl.Collator().compare);
-  const are = names.length === 1 ? "person is" : "people are";
-  return `* ${names.length} ${are} here: ${names.join(", ")}\n`;
+function listPeople({ directory }: Server): string {
+  const are = directory.length === 1 ? "person is" : "people are";
+  return `* ${directory.length} ${are} here: ${directory.join(", ")}\n`;
 }
 
 function nick(server: Server, client: Client, name: string): void {
@@ -1227,12 +1256,6 @@ function payForLine(server: Server, client: Client, bytes: number): number {
   const wait = charge(server, client, 1 + Math.floor(Math.min(bytes, MAX_LINE) / BYTES_PER_UNIT));
   client.linePaid = wait > 0;
   return wait;
-}
-
-/** An answer is for one client only, so it is no matter of its address. */
-function chargeAnswer(server: Server, client: Client, bytes: number): void {
-  const { rate } = server.options;
-  if (rate > 0) spend(client, bytes / ANSWER_BYTES_PER_UNIT, rate);
 }
 
 /** Whether all connections of an address have a common budget. */
