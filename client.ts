@@ -80,8 +80,9 @@ type Part = "from" | "to" | "who" | "did" | "renamed" | "roster";
 type Entry = { text: string } & Partial<Record<Part, string>>;
 type Crowd = Entry & { crowd: string[] }; // neighbours that all joined, or all left, are one
 
-// A name has no space and no punctuation, so nothing that people say can look like one of these.
-const NAME = "[\\p{L}\\p{N}][\\p{L}\\p{M}\\p{N}]{0,63}";
+// A name has no space and no punctuation, so nothing that people say can look like one of these. Some
+// scripts cannot do without joiners.
+const NAME = "[\\p{L}\\p{N}][\\p{L}\\p{M}\\p{N}\\u200c\\u200d]{0,63}";
 const FORMS = [
   `\\[(?<from>${NAME})(?: -> (?<to>${NAME}))?\\] `,
   `\\* (?<who>${NAME}) has (?<did>joined|entered|left) the (?:chat|room)`,

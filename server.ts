@@ -26,6 +26,7 @@
  */
 
 import { dlopen } from "bun:ffi";
+import { BlockList, isIP } from "node:net";
 import { parseArgs } from "node:util";
 
 // --- Limits ------------------------------------------------------------------------------------
@@ -49,7 +50,9 @@ const BURST = 10_000; // ms' worth of work that may be done at once
 const NEWCOMER_BURST = 2_000; // the same for a connection that has just come
 const PACE = 100; // ms; the least that a fast sender is held back
 const SLOW_AFTER = 10_000; // ms that the oldest byte of a long queue may wait
-const LOBBY_DEADLINE = 60_000; // ms to give a name in, and to read what is left when leaving
+const LOBBY_DEADLINE = 60_000; // ms to give a name in
+const LEAVER_DEADLINE = 60_000; // ms to read what is left when leaving
+const REFUSED_DEADLINE = 5_000; // ms to read why one cannot enter
 const STOP_DEADLINE = 2_500; // ms for everybody to read what is left when the server stops
 const KEEPALIVE = 45_000; // ms of silence before the kernel asks whether the peer is still there
 const NO_ANSWER = 55_000; // ms without a sign of life from a peer that cannot be reached
@@ -68,7 +71,7 @@ const MAX_ARRIVALS = 20; // new connections of one address at once; then one a s
 
 const LEAVERS_PER_TURN = 256; // clients that get their last bytes in one turn of the event loop
 const SPARE_SOCKETS = 64; // descriptors kept free for files and for those who are being refused
-const ENTRY_OVERHEAD = 128; // bytes, about, that an entry of a queue takes besides its text
+const ENTRY_OVERHEAD = 512; // bytes, about, that an entry of a queue takes besides its text
 
 // --- State -------------------------------------------------------------------------------------
 
@@ -202,8 +205,7 @@ const TLS_HANDSHAKE = 0x16; // the first byte of a TLS hello (RFC 8446, section 
 export function startServer(options: Partial<ServerOptions> = {}) {
   const server = new Server({ ...DEFAULTS, ...options });
   const { host: hostname, port, maxClients, tls = false } = server.options;
-  const isLoopback = /^(127\.|::1$|localhost$)/.test(hostname);
-  if (!isLoopback) server.options.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
+  if (!isLoopback(hostname)) server.options.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
   server.options.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - SPARE_SOCKETS));
 
   const handlers: Bun.SocketHandler<Client> = {
@@ -253,6 +255,15 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   };
 }
 
+/** Whether only this machine can connect to an address. */
+function isLoopback(host: string): boolean {
+  const loopback = new BlockList();
+  loopback.addSubnet("127.0.0.0", 8);
+  loopback.addAddress("::1", "ipv6");
+  if (isIP(host) === 0) return host.toLowerCase() === "localhost";
+  return loopback.check(host, isIP(host) === 6 ? "ipv6" : "ipv4");
+}
+
 /** A process without descriptors can do nothing, not even refuse. Bun has raised the soft limit. */
 function openFilesLimit(): number {
   const report = process.report.getReport() as { userLimits?: { open_files?: { soft?: unknown } } };
@@ -269,15 +280,28 @@ function openFilesLimit(): number {
 const UNCLEAN =
   /[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
 
-// Marks without a width of their own pile up on one letter and cover the lines above. What cannot
-// be seen is counted with them, or else it could be put in between.
-const PILED_MARKS = /([\p{Mn}\p{Me}\p{DI}]{4})[\p{Mn}\p{Me}\p{DI}]+/gu;
+// What takes no place of its own piles up on the letter before it and covers the lines above: marks,
+// what cannot be seen, and the vowels and final consonants of Hangul. Real text has fewer in a row.
+const PILE = /[\p{M}\p{DI}\p{Cf}\u1160-\u11ff\ud7b0-\ud7fb]{5,}/gu;
+const MAX_PILE = 8; // characters, of which some may have a width, as in Burmese
+const MAX_MARKS = 4; // of those that have none
+const SPACING = /\p{Mc}/u;
 const ASCII = /^[\x20-\x7e]*$/;
 
 /** What people are shown of a text: no controls, and no more than four marks on a letter. */
 export function cleanText(text: string): string {
   if (ASCII.test(text)) return text;
-  return text.replace(UNCLEAN, "").replace(PILED_MARKS, "$1");
+  return text.replace(UNCLEAN, "").replace(PILE, thinOut);
+}
+
+function thinOut(pile: string): string {
+  let marks = 0;
+  let kept = "";
+  for (const mark of Array.from(pile).slice(0, MAX_PILE)) {
+    if (!SPACING.test(mark)) marks++;
+    if (marks <= MAX_MARKS || SPACING.test(mark)) kept += mark;
+  }
+  return kept;
 }
 
 /** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
@@ -292,18 +316,23 @@ function splitWord(text: string): { word: string; rest: string } {
 }
 
 const NAME_RULE = "* A name is 1 to 32 letters and digits.";
-const SCRIPT_RULE = "* A name is in one script, with two accents on a letter at most.";
+const SCRIPT_RULE = "* A name keeps to letters and digits of one script, with few accents.";
 
 // Letters, marks and digits that can be seen (Unicode UAX #44).
 const NAME = /^[[\p{L}\p{Nd}]--\p{DI}][[\p{L}\p{M}\p{Nd}]--\p{DI}]{0,31}$/v;
-const TOO_MANY_MARKS = /[\u0300-\u036f]{3}|[\p{Mn}\p{Me}]{5}/u;
+const TOO_MANY_MARKS = /[\u0300-\u0333]{3}|[\p{Mn}\p{Me}]{5}/u;
 
-// The scripts in everyday use (Unicode UAX #31, tables 5 and 7). Of the first three only the blocks
-// that names are written in: the others hold phonetic signs that look like plain letters.
+// Some scripts cannot do without joiners, which cannot be seen, to tell how letters are joined: after
+// a virama in those of India, and between letters of Arabic (Unicode UAX #31, section 2.3).
+const JOINERS =
+  /(?<=[\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca])[\u200c\u200d](?=\p{L})|(?<=\p{sc=Arabic})\u200c(?=\p{sc=Arabic})/gu;
+
+// The scripts in use today (Unicode UAX #31, tables 5 and 7). Of the first three only the blocks that
+// names are written in: the others hold phonetic signs that look like plain letters.
 const ALPHABETS = [
   String.raw`[\p{scx=Latin}&&[\u0000-\u02af\u1e00-\u1eff]]`,
   String.raw`[\p{scx=Greek}&&[\u0370-\u03ff\u1f00-\u1fff]]`,
-  String.raw`[\p{scx=Cyrillic}&&[\u0400-\u052f]]`,
+  String.raw`[\p{scx=Cyrillic}&&[\u0400-\u0482\u048a-\u052f]]`,
   String.raw`\p{scx=Armenian}`,
 ].map((letters) => String.raw`[${letters}--\p{Lm}]`);
 
@@ -314,38 +343,43 @@ const WRITTEN_TOGETHER = [
 ];
 
 const OTHER_SCRIPTS = `
-  Adlam Arabic Balinese Bengali Canadian_Aboriginal Chakma Cham Cherokee Devanagari Ethiopic Georgian
-  Gujarati Gurmukhi Hanifi_Rohingya Hebrew Javanese Kannada Kayah_Li Khmer Lao Lepcha Limbu Lisu
-  Malayalam Meetei_Mayek Mongolian Myanmar New_Tai_Lue Newa Nko Nyiakeng_Puachue_Hmong Ol_Chiki Oriya
-  Saurashtra Sinhala Sundanese Syloti_Nagri Syriac Tai_Le Tai_Tham Tai_Viet Tamil Telugu Thaana Thai
-  Tibetan Tifinagh Vai Wancho Yi`
+  Adlam Arabic Balinese Bamum Bassa_Vah Batak Bengali Buginese Buhid Canadian_Aboriginal Chakma Cham
+  Cherokee Devanagari Ethiopic Georgian Gujarati Gunjala_Gondi Gurmukhi Hanifi_Rohingya Hanunoo Hebrew
+  Javanese Kannada Kayah_Li Khmer Lao Lepcha Limbu Lisu Malayalam Mandaic Masaram_Gondi Meetei_Mayek
+  Mende_Kikakui Miao Mongolian Mro Myanmar New_Tai_Lue Newa Nko Nyiakeng_Puachue_Hmong Ol_Chiki Oriya
+  Osage Pahawh_Hmong Pau_Cin_Hau Rejang Samaritan Saurashtra Sinhala Sora_Sompeng Sundanese
+  Syloti_Nagri Syriac Tagalog Tagbanwa Tai_Le Tai_Tham Tai_Viet Tamil Telugu Thaana Thai Tibetan
+  Tifinagh Vai Wancho Warang_Citi Yi`
   .trim()
   .split(/\s+/)
   // A modifier letter that belongs to no script, such as the Arabic tatweel, is an ornament.
   .map((script) => String.raw`[\p{scx=${script}}--[\p{Lm}&&\p{sc=Common}]]`);
 
-// Digits 0 to 9 and accents go with every script.
+// Digits 0 to 9 go with every script, and so do accents, but those that strike a letter through.
 const ONE_SCRIPT = new RegExp(
   [...ALPHABETS, ...WRITTEN_TOGETHER, ...OTHER_SCRIPTS]
-    .map((letters) => String.raw`^[${letters}0-9\u0300-\u036f]+$`)
+    .map((letters) => String.raw`^[${letters}0-9\u0300-\u0333]+$`)
     .join("|"),
   "v",
 );
 
-// What looks alike (Unicode UTS #39, confusables.txt): each group is one letter or pair of letters,
-// and those that are taken for it. Upper and lower case are apart, because I looks like l, and L not.
+// What looks alike (Unicode UTS #39, confusables.txt): each group is a letter, two letters or a mark,
+// and those that are taken for it. Upper and lower case are apart, because "I" looks like "l", which
+// both are "|" here, and "L" does not.
 const LOOK_ALIKES = new Map(
   `ǃ:ⵑ 2:Ƨᒿ 3:ƷȜЗӠ 4:Ꮞ 5:Ƽ 6:бᏮ 8:Ȣȣ৪੪ 9:৭੧୨൭ Ɂ:ʔᎮ A:ΑАᎪᗅꓮ AE:ÆӔ B:ΒВᏴᗷꓐ C:СᏟꓚ D:Ꭰᗞᗪꓓ
-  Ð:ĐƉ E:ΕЕᎬⴹꓰ F:Ϝᖴꓝ G:ԌᏀᏳꓖ H:ΗНᎻᕼꓧ Ӈ:Ӊ J:ͿЈᎫᒍꓙ K:ΚКᏦꓗ L:Ꮮᒪꓡ M:ΜϺМᎷᗰꓟ N:Νꓠ
+  Ð:ĐƉ E:ΕЕᎬⴹꓰ F:Ϝᖴꓝ G:ԌᏀᏳꓖ H:ΗНᎻᕼꓧ J:ͿЈᎫᒍꓙ K:ΚКᏦꓗ L:Ꮮᒪꓡ M:ΜϺМᎷᗰꓟ N:Νꓠ
   O:0ΟОՕ\u07c0০ଠ୦ዐⵔꓳ OE:Œ Ɵ:ΘθѲӨᎾᏫⴱ Ø:ⵁ P:ΡРᏢᑭꓑ Q:ⵕ R:ƦᎡᏒᖇꓣ S:ЅՏᏕᏚꓢ T:ΤТᎢꓔ U:Սሀᑌꓴ Ʉ:Ꮜ
-  V:Ѵ\u0667\u06f7Ꮩᐯⴸꓦ W:ԜᎳᏔꓪ X:ΧХⵝꓫ Y:ΥУҮᎩᎽꓬ Ɏ:Ұ Z:ΖᏃꓜ a:ɑαа ae:æӕ b:ƄЬƅьᏏᑲᖯꮟ bl:Ы Ƃ:ƃБ
+  V:Ѵ\u0667\u06f7Ꮩᐯⴸꓦ W:ԜᎳᏔꓪ X:ΧХⵝꓫ Y:ΥУҮᎩᎽꓬ Ɏ:Ұ Z:ΖᏃꓜ a:ɑαа ae:æӕ b:ƄЬƅьᏏᑲᖯꮟ b|:Ы Ƃ:ƃБ
   ƀ:ѢѣҌҍ c:сꮯ d:ԁᏧᑯꓒ dz:ʣ e:еҽ f:քẝ g:ƍɡց h:һհᏂ ɦ:Ᏺ ħ:ћ i:ıɩɪιіᎥꭵ j:ϳј
-  l:1IƖǀΙІӀӏ\u0661\u06f1ⵏꓲ lO:Ю ll:ǁ ls:ʪ lz:ʫ Ɨ:ƚ n:ոռ ƞ:η
+  |:l1IƖǀΙІӀӏ\u0661\u06f1ⵏꓲ |O:Ю ||:ǁ |s:ʪ |z:ʫ Ɨ:ƚ n:ոռ ƞ:η
   o:οσоօ\u0665\u06f5०੦૦௦౦೦ഠ൦๐໐၀ჿ oe:œ ɵ:ѳөꮎꮻ p:ρр q:ԛգզ r:гꮁ rn:m ɍ:ғ s:ƽѕꮪ ts:ʦ u:ʋυս
   v:νѵꮩ w:ɯѡԝաꮃ x:хᕁᕽ y:ɣʏγуүყỿ ɏ:ұ z:ꮓ Þ:Ϸ ß:βᏰ þ:ƿϸ ĸ:κкꮶ Ɔ:Ͻꓛ Ǝ:ⴺꓱ Ə:Ә Ɛ:ԐᏋ Ʃ:Σⵉ
   ƫ:Ꮏ Ʊ:ᘮᘴ ǝ:əә Ƕ:Ԋ ȝ:ʒӡჳ ȷ:յ ɂ:ꭾ Ʌ:ΛЛ\u0668\u06f8ᐱⴷꓥ ɔ:ͻ ɜ:з ɢ:ԍᏻꮐ ɰ:պሣ ɸ:φф ʀ:ꭱꮢ ʍ:мꮇ
   ʘ:ⵙ ʙ:вᏼ ʜ:нꮋ ӈ:ӊ ʟ:ꮮ Γ:ГᎱᒥ Δ:ᐃⵠ Π:П Φ:ФՓቀ Ψ:Ѱ Ω:ᘯᘵ π:п ς:ϛ ψ:ѱ Ͷ:И Ѡ:Ꮗᗯ Ҷ:Ӌ ҷ:ӌ
-  Ո:በᑎꓵ ձ:ኔ Մ:ሆ Ռ:ቡ Ի:ኮ Պ:ጣ ͷ:и τ:тꭲ δ:ծᕷẟ Ͱ:ᎨᎰ ɛ:εєԑꮛ`
+  Ո:በᑎꓵ ձ:ኔ Մ:ሆ Ռ:ቡ Ի:ኮ Պ:ጣ ͷ:и τ:тꭲ δ:ծᕷẟ Ͱ:ᎨᎰ ɛ:εєԑꮛ H\u0327:ӇӉ C\u0327:Ҫ c\u0327:ҫ
+  e\u0328:ҿ |\u0328:ɭ N\u0327:Ɲ p\u0314:ƥ १:\u0669\u06f9 \u0302:\u0311 \u0303:\u0342 \u0304:\u0305 \u0306:\u030c
+  \u0313:\u0315 \u0331:\u0320 \u0327:\u0321\u0326 \u0328:\u0322\u0345`
     .split(/\s+/)
     .flatMap((group) => {
       const [letter = "", alike = ""] = group.split(":");
@@ -360,14 +394,36 @@ function normalizeName(typed: string): string {
 
 /** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
 function foldName(name: string): string {
-  const folded = name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase();
-  return folded.normalize("NFKC");
+  const letters = name.replace(JOINERS, "").normalize("NFKC");
+  return letters.toLowerCase().toUpperCase().toLowerCase().normalize("NFKC");
 }
 
-/** The keys under which a name is held: as it is read, and as it looks. Not for long names. */
+// A dot above is not seen on letters that have one (Unicode, Soft_Dotted; UTS #39, hidden overlays).
+const HIDDEN_DOT = /(?<=[ijıȷɩιіјϳ][\u0316-\u0333]*)\u0307/gu;
+
+/** How a name looks: the same for two names that are taken for each other. */
+function lookOf(name: string): string {
+  const letters = name.replace(JOINERS, "").normalize("NFD").replace(HIDDEN_DOT, "");
+  return foldName(Array.from(letters, lookOfLetter).join(""));
+}
+
+function lookOfLetter(letter: string): string {
+  const alike = LOOK_ALIKES.get(letter);
+  if (alike !== undefined || !/[^0-9]/.test(letter)) return alike ?? letter;
+  return /\p{Nd}/u.test(letter) ? lookOfLetter(digitValue(letter)) : letter;
+}
+
+/** 0 to 9. Decimal digits stand in rows of ten, the zero first (Unicode, section 4.6). */
+function digitValue(digit: string): string {
+  const code = digit.codePointAt(0) ?? 0;
+  let value = 0;
+  while (/\p{Nd}/u.test(String.fromCodePoint(code - value - 1))) value++;
+  return String(value % 10);
+}
+
+/** The keys under which nobody else can have a name: how it is read, how it looks, and in capitals. */
 function nameKeys(name: string): string[] {
-  const letters = Array.from(name.normalize("NFD"), (letter) => LOOK_ALIKES.get(letter) ?? letter);
-  return [foldName(name), foldName(letters.join(""))];
+  return [`= ${foldName(name)}`, `~ ${lookOf(name)}`, `^ ${lookOf(name.toUpperCase())}`];
 }
 
 // --- The room and its events -------------------------------------------------------------------
@@ -453,14 +509,15 @@ function releaseKeys(room: Room, person: Person): void {
 
 /** Why a client cannot be called so, or null if it can. */
 function refusePerson(room: Room, client: number, { name, keys }: Person): string | null {
-  if (!NAME.test(name)) return NAME_RULE;
-  if (!ONE_SCRIPT.test(name) || TOO_MANY_MARKS.test(name)) return SCRIPT_RULE;
+  const letters = name.replace(JOINERS, "");
+  if (!NAME.test(letters)) return NAME_RULE;
+  if (!ONE_SCRIPT.test(letters) || TOO_MANY_MARKS.test(letters)) return SCRIPT_RULE;
   if (name === room.people.get(client)?.name) return `* You are called ${name} already.`;
 
-  const [sameName, sameLooks] = keys.map((key) => room.holders.get(key) ?? client);
+  const [sameName, ...sameLooks] = keys.map((key) => room.holders.get(key) ?? client);
   if (sameName !== client) return `* The name ${name} is taken.`;
-  if (sameLooks !== client) return `* The name ${name} looks like one that is taken.`;
-  return null;
+  const isTaken = sameLooks.some((holder) => holder !== client);
+  return isTaken ? `* The name ${name} looks like one that is taken.` : null;
 }
 
 function nameOf(room: Room, client: number): string {
@@ -469,7 +526,8 @@ function nameOf(room: Room, client: number): string {
 
 /** The client of that name, in whatever case it is written; undefined if nobody is called so. */
 function findClient(server: Server, name: string): Client | undefined {
-  const holder = server.room.holders.get(foldName(normalizeName(name)));
+  const [sameName = ""] = nameKeys(normalizeName(name));
+  const holder = server.room.holders.get(sameName);
   return holder === undefined ? undefined : server.connections.get(holder);
 }
 
@@ -542,7 +600,6 @@ function welcome(server: Server, client: Client): void {
 
 function greet(server: Server, client: Client): void {
   client.phase = "naming";
-  client.deadline = performance.now() + LOBBY_DEADLINE;
   tell(server, client, "Welcome to the chat! What is your name?");
 }
 
@@ -653,8 +710,9 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
     takeFromBatch(server, client);
     server.leavers.push(client);
   }
+  const wasJoined = client.phase === "joined";
   removeClient(server, client);
-  client.deadline = performance.now() + LOBBY_DEADLINE;
+  client.deadline = performance.now() + (wasJoined ? LEAVER_DEADLINE : REFUSED_DEADLINE);
   if (client.heldBack) resume(client); // what it still sends is thrown away, but not its FIN
   finishWriting(client);
 }
@@ -1282,6 +1340,7 @@ function sweepAddress(server: Server, address: Address): void {
   const [next] = address.waiting;
   if (next) {
     address.waiting.delete(next);
+    next.deadline = performance.now() + LOBBY_DEADLINE;
     serve(server, next, () => greet(server, next));
     readOn(server, next);
   } else if (address.arrivals < MAX_ARRIVALS) {
@@ -1452,7 +1511,9 @@ function readOptions() {
     if (text === undefined) return fallback;
     const number = /^\d+$/.test(`${text}`) ? Number(text) : NaN;
     if (number >= least && number <= most) return number;
-    throw new TypeError(`--${name} takes a number from ${least} to ${most}, not "${text}"`);
+    throw new TypeError(
+      `--${name} takes a number from ${least} to ${most}, not ${JSON.stringify(text)}`,
+    );
   }
 
   return {
@@ -1486,7 +1547,11 @@ const PROBLEMS: readonly { code: RegExp; advice: string }[] = [
 /** What to tell a person. A TypeError is about the options, or about a file of them that is empty. */
 function explain(error: unknown): string {
   const { code, path, message } = error as NodeJS.ErrnoException;
-  if (error instanceof TypeError) return `${message.split(/\.\s/)[0]}. See bun server.ts --help.`;
+  if (error instanceof TypeError) {
+    const [what = ""] = message.split(/ is ambiguous|\.\s/);
+    const why = message.includes(" is ambiguous") ? " is missing, or begins with -" : "";
+    return `${what}${why}. See bun server.ts --help.`;
+  }
   if (path !== undefined) return `The file ${path} cannot be read.`;
   return PROBLEMS.find((problem) => problem.code.test(`${code}`))?.advice ?? message;
 }
