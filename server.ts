@@ -39,6 +39,7 @@ const MAX_NAME = 128; // UTF-16 code units of a name as it was typed, before any
 const MAX_FIRST_LINE = 512; // bytes; no name takes as many
 const MAX_BATCH = 256 * KIB; // bytes; a batch of this size leaves at once
 const MAX_COPY = 64 * KIB; // bytes; a client's own batch is copied together up to this size
+const MAX_GATHERED = 16 * KIB; // bytes; up to this size small pieces in a queue become one
 const SLICE = 16 * KIB; // bytes of lines and answers that one client gets done before the next flush
 const SLOW_QUEUE = 1024 * KIB; // bytes that may wait for a slow reader for as long as it likes
 const MAX_QUEUE = 8 * 1024 * KIB; // bytes that may wait for a reader however short the time
@@ -176,7 +177,10 @@ class Address {
 class Parcel {
   entries = 0; // of queues
 
-  constructor(readonly bytes: Buffer) {}
+  constructor(
+    readonly bytes: Buffer,
+    readonly isGathered = false, // by a queue, which may append to it
+  ) {}
 }
 
 /** A part of a client's own batch: bytes of the common batch, an answer, or one that many share. */
@@ -1127,12 +1131,49 @@ function send(server: Server, client: Client, piece: Piece): void {
   enqueue(server, client, { parcel, start: start + sent, end });
 }
 
-function enqueue(server: Server, client: Client, { parcel, start, end }: Piece): void {
-  if (parcel.entries === 0) server.held += parcel.bytes.length;
+/** Adds to a client's queue. Small pieces are gathered, because each entry costs a write later. */
+function enqueue(server: Server, client: Client, piece: Piece): void {
+  const size = piece.end - piece.start;
+  client.queued += size;
+
+  const last = client.queue.at(-1);
+  if (last && last.end - last.start + size <= MAX_GATHERED) {
+    append(server, last, piece);
+    return;
+  }
+  hold(server, piece.parcel);
+  client.queue.push({ ...piece, since: performance.now(), privates: [] });
+}
+
+/** Copies a piece behind an entry, which gets a parcel of its own when it has none, or no space. */
+function append(server: Server, entry: Entry, piece: Piece): void {
+  const used = entry.end - entry.start;
+  const size = piece.end - piece.start;
+
+  if (!entry.parcel.isGathered || entry.end + size > entry.parcel.bytes.length) {
+    const capacity = Math.min(MAX_GATHERED, 2 * (used + size));
+    const gathered = new Parcel(Buffer.allocUnsafe(capacity), true);
+    entry.parcel.bytes.copy(gathered.bytes, 0, entry.start, entry.end);
+    hold(server, gathered);
+    letGo(server, entry.parcel);
+    entry.parcel = gathered;
+    entry.start = 0;
+    entry.end = used;
+  }
+
+  piece.parcel.bytes.copy(entry.parcel.bytes, entry.end, piece.start, piece.end);
+  entry.end += size;
+}
+
+/** A parcel is in memory as long as it is in a queue. */
+function hold(server: Server, parcel: Parcel): void {
+  if (parcel.entries === 0) server.held += parcel.bytes.length + ENTRY_OVERHEAD;
   parcel.entries++;
-  server.held += ENTRY_OVERHEAD;
-  client.queued += end - start;
-  client.queue.push({ parcel, start, end, since: performance.now(), privates: [] });
+}
+
+function letGo(server: Server, parcel: Parcel): void {
+  parcel.entries--;
+  if (parcel.entries === 0) server.held -= parcel.bytes.length + ENTRY_OVERHEAD;
 }
 
 /** Sends what waits, now that the kernel may have room. */
@@ -1153,9 +1194,7 @@ function handleDrain(server: Server, client: Client): void {
 
 /** An entry has left a queue. */
 function release(server: Server, { parcel, privates }: Entry): void {
-  parcel.entries--;
-  if (parcel.entries === 0) server.held -= parcel.bytes.length;
-  server.held -= ENTRY_OVERHEAD;
+  letGo(server, parcel);
   for (const { sender, bytes } of privates) sender.unreadPrivates -= bytes;
 }
 
