@@ -2871,6 +2871,27 @@ describe("budgets", () => {
     expect(count("mallory")).toBeLessThanOrEqual(400 + 33 * 40);
   });
 
+  test("all people together have one, so that a reader keeps up with any number of them", async () => {
+    jest.useFakeTimers();
+    let bytes = 0;
+    const server = open({
+      rate: 1000,
+      log: (event) => (bytes += event.startsWith("Received") ? 4096 : 0),
+    });
+    const names = Array.from({ length: 40 }, (_, number) => `user${number}`);
+    const crowd = await Promise.all(names.map((name) => enter(server, name)));
+    for (const peer of crowd) {
+      peer.onlyCounts = true;
+      peer.send(`${"x".repeat(4096)}\n`.repeat(60));
+    }
+    await pass(2);
+    // Five seconds' worth at once, of 768 KiB, and what has been earned since.
+    expect(bytes).toBeWithin(4 * 768 * 1024, 7.5 * 768 * 1024);
+    const before = bytes;
+    await pass(4);
+    expect(bytes - before).toBeWithin(3 * 768 * 1024, 4.5 * 768 * 1024);
+  });
+
   test("leaving and coming back does not renew it", async () => {
     jest.useFakeTimers();
     const { log, count, until } = listen();

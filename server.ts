@@ -39,7 +39,8 @@ const MAX_NAME = 128; // UTF-16 code units of a name as it was typed, before any
 const MAX_FIRST_LINE = 512; // bytes; no name takes as many
 const MAX_BATCH = 256 * KIB; // bytes; a batch of this size leaves at once
 const MAX_COPY = 64 * KIB; // bytes; a client's own batch is copied together up to this size
-const MAX_GATHERED = 16 * KIB; // bytes; up to this size small pieces in a queue become one
+const SMALL_PIECE = 1 * KIB; // bytes; smaller pieces that wait in a queue are gathered by copying
+const MAX_GATHERED = 16 * KIB; // bytes of such pieces together
 const SLICE = 16 * KIB; // bytes of lines and answers that one client gets done before the next flush
 const SLOW_QUEUE = 1024 * KIB; // bytes that may wait for a slow reader for as long as it likes
 const MAX_QUEUE = 8 * 1024 * KIB; // bytes that may wait for a reader however short the time
@@ -64,6 +65,11 @@ const MAX_REST = 50; // ms that news of who is there may wait in a very large ro
 const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
 const ANSWER_BYTES_PER_UNIT = 4096; // of an answer, which only one person gets
 const COMING_AND_GOING = 4; // everybody hears of both, and the newcomer gets the roster
+
+// What all people together may say, so that a reader who takes 8 Mbit/s keeps up with any number.
+const ROOM_RATE = 768 * KIB; // bytes a second
+const ROOM_BURST = 5_000; // ms' worth of them at once
+const LINE_OVERHEAD = 40; // bytes of a line besides its text: the name, for instance
 
 // Where connections per address are limited, all of one address have a common budget.
 const DEFAULT_MAX_PER_ADDRESS = 64;
@@ -115,6 +121,8 @@ class Server {
   leavers: Client[] = []; // have left the room, and get what was said before that with the next flush
   sliced = new Set<Client>(); // have used up their slice, and are read from again after the next flush
 
+  paidUntil = -Infinity; // ms; see `Account`
+
   received = 0; // chunks and FINs so far, which shows whether more are coming
   held = 0; // bytes in memory that wait to be read by clients, or came from them ahead of the rate
 
@@ -147,7 +155,7 @@ class Client {
   heldBack = false; // its socket is paused: it is ahead of the rate, or of the others
   linePaid = false; // the line that it is held back for has been charged
   sliceUsed = 0; // bytes of its lines, and of the answers to them, since the last flush
-  paidUntil = performance.now() - NEWCOMER_BURST; // ms; see `charge`
+  paidUntil = performance.now() - NEWCOMER_BURST; // ms; see `Account`
 
   ownBatch: Part[] | null = null; // what it gets instead of the batch; null for the very batch
   ownBatchEnd = 0; // bytes of the batch that are in `ownBatch`, or left out of it
@@ -168,10 +176,13 @@ class Address {
   connections = 0;
   arrivals = MAX_ARRIVALS; // connections that may be greeted at once
   waiting = new Set<Client>(); // connections that are not greeted yet, the first one first
-  paidUntil = -Infinity; // ms; see `charge`
+  paidUntil = -Infinity; // ms; see `Account`
 
   constructor(readonly key: string) {}
 }
+
+/** What pays for work with its time: a client, an address, or the room. */
+type Account = { paidUntil: number };
 
 /** Bytes for several clients. However many queues they wait in, they are in memory once. */
 class Parcel {
@@ -1137,7 +1148,7 @@ function enqueue(server: Server, client: Client, piece: Piece): void {
   client.queued += size;
 
   const last = client.queue.at(-1);
-  if (last && last.end - last.start + size <= MAX_GATHERED) {
+  if (last && size <= SMALL_PIECE && last.end - last.start + size <= MAX_GATHERED) {
     append(server, last, piece);
     return;
   }
@@ -1337,20 +1348,28 @@ function charge(server: Server, client: Client, units: number): number {
   return Math.max(wait, spend(client.address, units, ADDRESS_SHARE * rate));
 }
 
-function spend(account: Client | Address, units: number, rate: number): number {
+/** Spends units of which `rate` are earned a second, for `burst` ms at most. Returns as `charge`. */
+function spend(account: Account, units: number, rate: number, burst = BURST): number {
   const now = performance.now();
-  account.paidUntil = Math.max(account.paidUntil, now - BURST) + (units * 1000) / rate;
+  account.paidUntil = Math.max(account.paidUntil, now - burst) + (units * 1000) / rate;
   return Math.max(0, account.paidUntil - now);
 }
 
-/** Charges for a line of so many bytes. The line that a client was held back for is paid. */
+/**
+ * Charges for a line of so many bytes. The line that a client was held back for is paid.
+ * @returns ms until it is paid for
+ */
 function payForLine(server: Server, client: Client, bytes: number): number {
-  if (client.phase !== "joined") return 0; // its coming has a price of its own
+  if (server.options.rate === 0 || client.phase !== "joined") return 0; // coming has a price of its own
   if (client.linePaid) {
     client.linePaid = false;
     return 0;
   }
-  const wait = charge(server, client, 1 + Math.floor(Math.min(bytes, MAX_LINE) / BYTES_PER_UNIT));
+
+  const length = Math.min(bytes, MAX_LINE);
+  const ownWait = charge(server, client, 1 + Math.floor(length / BYTES_PER_UNIT));
+  const roomWait = spend(server, length + LINE_OVERHEAD, ROOM_RATE, ROOM_BURST);
+  const wait = Math.max(ownWait, roomWait);
   client.linePaid = wait > 0;
   return wait;
 }
