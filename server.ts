@@ -76,7 +76,7 @@ const DEFAULT_MAX_PER_ADDRESS = 64;
 const ADDRESS_SHARE = 4; // times the rate of one connection
 const MAX_ARRIVALS = 20; // new connections of one address at once; then one a second
 
-const LEAVERS_PER_TURN = 256; // clients that get their last bytes in one turn of the event loop
+const CLIENTS_PER_TURN = 256; // that leave, or get their last bytes, in one turn of the event loop
 const SPARE_SOCKETS = 64; // descriptors kept free for files and for those who are being refused
 const ENTRY_OVERHEAD = 512; // bytes, about, that an entry of a queue takes besides its text
 
@@ -102,8 +102,8 @@ export class Room {
   holders = new Map<string, number>(); // who holds a name, by each of its keys
 }
 
-/** A name, and the keys under which nobody else can have it: see `nameKeys`. */
-type Person = { name: string; keys: readonly string[] };
+/** A name, its place in a sorted list, and the keys under which nobody else can have it. */
+type Person = { name: string; sortKey: string; keys: readonly string[] };
 
 /** One server. A process may run several, which is how the tests do it. */
 class Server {
@@ -119,6 +119,7 @@ class Server {
   nextFlush: "none" | "later" | "soon" = "none";
   restUntil = 0; // ms; before then no flush for news alone
   leavers: Client[] = []; // have left the room, and get what was said before that with the next flush
+  postponed: (() => void)[] = []; // what closed connections leave to do
   sliced = new Set<Client>(); // have used up their slice, and are read from again after the next flush
 
   paidUntil = -Infinity; // ms; see `Account`
@@ -126,7 +127,7 @@ class Server {
   received = 0; // chunks and FINs so far, which shows whether more are coming
   held = 0; // bytes in memory that wait to be read by clients, or came from them ahead of the rate
 
-  directory: string[] = []; // all names, sorted
+  directory: Person[] = []; // the people in the room, sorted by name
   roster: Parcel | null = null; // the line with all names for a newcomer; null while out of date
   whoAnswer: Parcel | null = null; // the answer to /who; likewise
 
@@ -510,7 +511,8 @@ function applyJoin(room: Room, event: { client: number; name: string }): Outcome
 
 function createPerson(typedName: string): Person {
   const name = normalizeName(typedName);
-  return { name, keys: nameKeys(name) };
+  const sortKey = foldName(name).normalize("NFD"); // é stands between e and f
+  return { name, sortKey, keys: nameKeys(name) };
 }
 
 function addPerson(room: Room, client: number, person: Person): void {
@@ -623,7 +625,7 @@ function greet(server: Server, client: Client): void {
  * only one, so its order is the order of the room, and the event is applied at once.
  */
 function propose(server: Server, client: Client, event: RoomEvent): void {
-  const oldName = nameOf(server.room, client.id);
+  const before = server.room.people.get(client.id);
   const outcome = apply(server.room, event);
   if (outcome === null) return;
 
@@ -650,7 +652,7 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
       broadcastMessage(server, outcome.heard);
       break;
   }
-  if (event.type !== "say") updateDirectory(server, oldName, nameOf(server.room, client.id));
+  if (event.type !== "say") updateDirectory(server, before, server.room.people.get(client.id));
   const from = event.type === "join" ? ` From ${client.endpoint}` : "";
   server.options.log?.(outcome.logged + from);
 }
@@ -686,34 +688,25 @@ function extendRoster({ bytes }: Parcel, name: string): Parcel {
   return new Parcel(Buffer.concat([bytes.subarray(0, -1), more]));
 }
 
-/**
- * Keeps the directory sorted, where somebody had no name before, or has none now. To sort it anew for
- * each /who would take long, and somebody could ask after each /nick.
- */
-function updateDirectory(server: Server, oldName: string, newName: string): void {
+/** Keeps the directory sorted. To sort it for each /who would take long, with a /nick before each. */
+function updateDirectory(server: Server, before?: Person, after?: Person): void {
   const { directory } = server;
-  if (oldName) directory.splice(findPlace(directory, oldName), 1);
-  if (newName) directory.splice(findPlace(directory, newName), 0, newName);
+  if (before) directory.splice(findPlace(directory, before), 1);
+  if (after) directory.splice(findPlace(directory, after), 0, after);
   server.whoAnswer = null;
 }
 
-/** The place of a name in a sorted list, or where it belongs: a binary search. */
-function findPlace(sorted: readonly string[], name: string): number {
+/** The place of a person in a sorted list, or where it belongs: a binary search. */
+function findPlace(sorted: readonly Person[], { sortKey }: Person): number {
   let low = 0;
   let high = sorted.length;
   while (low < high) {
     const middle = (low + high) >>> 1;
-    if (compareNames(sorted[middle] ?? "", name) < 0) low = middle + 1;
+    const isBefore = (sorted[middle]?.sortKey ?? "") < sortKey;
+    if (isBefore) low = middle + 1;
     else high = middle;
   }
   return low;
-}
-
-const alphabet = new Intl.Collator();
-
-/** By the alphabet, and never 0 for two different names. */
-function compareNames(one: string, other: string): number {
-  return alphabet.compare(one, other) || Number(one > other) - Number(one < other);
 }
 
 /** Lets a client go: it gets what was said up to now, and a last line if there is one; then a FIN. */
@@ -738,7 +731,10 @@ export function removeClient(server: Server, client: Client, reason = ""): void 
   client.phase = "closing";
   if (phase !== "joined") return;
 
-  server.clients.splice(server.clients.indexOf(client), 1);
+  // Their order does not matter, and moving all others up would take long when thousands leave.
+  const place = server.clients.indexOf(client);
+  const last = server.clients.pop();
+  if (last && last !== client) server.clients[place] = last;
   propose(server, client, { type: "leave", client: client.id, reason });
 }
 
@@ -759,8 +755,26 @@ function handleClose(server: Server, client: Client): void {
   }
 
   const lost = countLines(client.unread);
-  removeClient(server, client, lost > 0 ? ` (${lost} or more lines unread)` : "");
   discard(server, client);
+  const reason = lost > 0 ? ` (${lost} or more lines unread)` : "";
+  postpone(server, client, () => removeClient(server, client, reason));
+}
+
+/** Does some work in a later turn. Thousands who leave at once must not stall the room. */
+function postpone(server: Server, client: Client, work: () => void): void {
+  if (server.postponed.length === 0) setImmediate(workOn, server);
+  server.postponed.push(() => serve(server, client, work));
+}
+
+function workOn(server: Server): void {
+  const { postponed } = server;
+  server.postponed = [];
+  for (const work of postponed.splice(0, CLIENTS_PER_TURN)) work();
+
+  // What was postponed meanwhile comes after the rest, and has its own turn already.
+  if (postponed.length === 0) return;
+  if (server.postponed.length === 0) setImmediate(workOn, server);
+  server.postponed = [...postponed, ...server.postponed];
 }
 
 /** Frees what waits for a client, and what has come from it and was not read. */
@@ -857,8 +871,10 @@ function handleData(server: Server, client: Client, chunk: Buffer): void {
 /** The FIN has come. A client that is held back has lines that it sent before. */
 function handleEnd(server: Server, client: Client): void {
   server.received++;
-  client.finished = true;
-  if (!client.heldBack) readLines(server, client);
+  postpone(server, client, () => {
+    client.finished = true;
+    if (!client.heldBack) readLines(server, client);
+  });
 }
 
 /** Takes as many lines as may be taken now. The rest is taken when the client may go on. */
@@ -1089,7 +1105,7 @@ function flush(server: Server): void {
 
 /** Sends the last bytes and our FIN to some leavers a turn: thousands at once would take long. */
 function sendToLeavers(server: Server, leavers: Client[]): void {
-  for (const client of leavers.splice(0, LEAVERS_PER_TURN))
+  for (const client of leavers.splice(0, CLIENTS_PER_TURN))
     serve(server, client, () => handleDrain(server, client));
   if (leavers.length > 0) setImmediate(sendToLeavers, server, leavers);
 }
@@ -1282,7 +1298,7 @@ function who(server: Server, client: Client): void {
 
 function listPeople({ directory }: Server): string {
   const are = directory.length === 1 ? "person is" : "people are";
-  return `* ${directory.length} ${are} here: ${directory.join(", ")}\n`;
+  return `* ${directory.length} ${are} here: ${directory.map(({ name }) => name).join(", ")}\n`;
 }
 
 function nick(server: Server, client: Client, name: string): void {
@@ -1446,7 +1462,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
 
   // What clients have sent before is in the kernel: it is all read when a look brings nothing new.
   let received = -1;
-  while (received < server.received || server.sliced.size > 0) {
+  while (received < server.received || server.sliced.size + server.postponed.length > 0) {
     if (performance.now() > started + STOP_DEADLINE / 5) break;
     received = server.received;
     await Bun.sleep(5);
