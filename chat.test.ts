@@ -2415,34 +2415,34 @@ describe("apply", () => {
     for (const [event, heard, people] of rows) {
       const outcome = apply(room, event);
       const said = outcome && "heard" in outcome ? outcome.heard : null;
-      const { type, client } = event;
+      const { type, clientId } = event;
       expect([
         type,
-        client,
+        clientId,
         said,
         Array.from(room.people.values(), ({ name }) => name).join(" "),
-      ]).toEqual([type, client, heard, people]);
+      ]).toEqual([type, clientId, heard, people]);
     }
   }
 
   test("a room is what its events have made of it", () => {
     play(
-      [{ type: "join", client: 1, name: "alice" }, "* alice has joined the chat", "alice"],
-      [{ type: "join", client: 2, name: "bob" }, "* bob has joined the chat", "alice bob"],
-      [{ type: "say", client: 1, text: "hello" }, "[alice] hello", "alice bob"],
-      [{ type: "join", client: 3, name: "ALICE" }, null, "alice bob"],
-      [{ type: "nick", client: 2, name: "Alice" }, null, "alice bob"],
-      [{ type: "nick", client: 1, name: "Alice" }, "* alice is now called Alice", "Alice bob"],
-      [{ type: "nick", client: 1, name: "carol" }, "* Alice is now called carol", "carol bob"],
+      [{ type: "join", clientId: 1, name: "alice" }, "* alice has joined the chat", "alice"],
+      [{ type: "join", clientId: 2, name: "bob" }, "* bob has joined the chat", "alice bob"],
+      [{ type: "say", clientId: 1, text: "hello" }, "[alice] hello", "alice bob"],
+      [{ type: "join", clientId: 3, name: "ALICE" }, null, "alice bob"],
+      [{ type: "nick", clientId: 2, name: "Alice" }, null, "alice bob"],
+      [{ type: "nick", clientId: 1, name: "Alice" }, "* alice is now called Alice", "Alice bob"],
+      [{ type: "nick", clientId: 1, name: "carol" }, "* Alice is now called carol", "carol bob"],
       [
-        { type: "join", client: 3, name: "alice" },
+        { type: "join", clientId: 3, name: "alice" },
         "* alice has joined the chat",
         "carol bob alice",
       ],
-      [{ type: "leave", client: 1, reason: "" }, "* carol has left the chat", "bob alice"],
-      [{ type: "say", client: 3, text: "bye" }, "[alice] bye", "bob alice"],
+      [{ type: "leave", clientId: 1, reason: "" }, "* carol has left the chat", "bob alice"],
+      [{ type: "say", clientId: 3, text: "bye" }, "[alice] bye", "bob alice"],
       [
-        { type: "leave", client: 3, reason: " (too slow)" },
+        { type: "leave", clientId: 3, reason: " (too slow)" },
         "* alice has left the chat (too slow)",
         "bob",
       ],
@@ -2451,14 +2451,14 @@ describe("apply", () => {
 
   test("an event that comes too late changes nothing", () => {
     play(
-      [{ type: "say", client: 1, text: "hello" }, null, ""],
-      [{ type: "nick", client: 1, name: "alice" }, null, ""],
-      [{ type: "leave", client: 1, reason: "" }, null, ""],
-      [{ type: "join", client: 1, name: "alice" }, "* alice has joined the chat", "alice"],
-      [{ type: "join", client: 1, name: "bob" }, null, "alice"],
-      [{ type: "leave", client: 1, reason: "" }, "* alice has left the chat", ""],
-      [{ type: "leave", client: 1, reason: "" }, null, ""],
-      [{ type: "say", client: 1, text: "hello" }, null, ""],
+      [{ type: "say", clientId: 1, text: "hello" }, null, ""],
+      [{ type: "nick", clientId: 1, name: "alice" }, null, ""],
+      [{ type: "leave", clientId: 1, reason: "" }, null, ""],
+      [{ type: "join", clientId: 1, name: "alice" }, "* alice has joined the chat", "alice"],
+      [{ type: "join", clientId: 1, name: "bob" }, null, "alice"],
+      [{ type: "leave", clientId: 1, reason: "" }, "* alice has left the chat", ""],
+      [{ type: "leave", clientId: 1, reason: "" }, null, ""],
+      [{ type: "say", clientId: 1, text: "hello" }, null, ""],
     );
   });
 
@@ -2469,31 +2469,31 @@ describe("apply", () => {
       ["alice", "aIice"],
     ] as const) {
       const room = new Room();
-      apply(room, { type: "join", client: 1, name: held });
+      apply(room, { type: "join", clientId: 1, name: held });
       const refused = `* The name ${name} looks like one that is taken.`;
-      expect(apply(room, { type: "join", client: 2, name })).toEqual({ refused });
+      expect(apply(room, { type: "join", clientId: 2, name })).toEqual({ refused });
     }
   });
 
   test("a name is refused in words, at that point of the order", () => {
     const room = new Room();
-    const refuse = (name: string) => apply(room, { type: "join", client: 9, name });
+    const refuse = (name: string) => apply(room, { type: "join", clientId: 9, name });
     expect(refuse("")).toEqual({ refused: NAME_RULE });
     expect(refuse("a".repeat(129))).toEqual({ refused: NAME_RULE });
     expect(refuse("bоb")).toEqual({ refused: SCRIPT_RULE });
-    apply(room, { type: "join", client: 1, name: "bob" });
+    apply(room, { type: "join", clientId: 1, name: "bob" });
     expect(refuse("Bob")).toEqual({ refused: "* The name Bob is taken." });
     expect(refuse("b0b")).toEqual({ refused: "* The name b0b looks like one that is taken." });
-    apply(room, { type: "nick", client: 1, name: "bob2" });
+    apply(room, { type: "nick", clientId: 1, name: "bob2" });
     expect(refuse("b0b")).toMatchObject({ heard: "* b0b has joined the chat" });
   });
 
   test("all keys of a name are free when its holder has left or has another one", () => {
     const room = new Room();
     for (const name of ["mam", "Ill", "Straße", "Аӏісе"]) {
-      apply(room, { type: "join", client: 1, name });
-      apply(room, { type: "nick", client: 1, name: "someone" });
-      apply(room, { type: "leave", client: 1, reason: "" });
+      apply(room, { type: "join", clientId: 1, name });
+      apply(room, { type: "nick", clientId: 1, name: "someone" });
+      apply(room, { type: "leave", clientId: 1, reason: "" });
     }
     expect(room).toEqual(new Room());
   });
@@ -2502,21 +2502,21 @@ describe("apply", () => {
     const random = randomNumbers(5);
     const names = ["bob", "Bob", "b0b", "ΤΟΜ", "Tom", "mam", "rnarn", "", "bоb", "Zoë", "a b"];
     const events = Array.from({ length: 3000 }, (): RoomEvent => {
-      const client = random(8);
+      const clientId = random(8);
       const name = names[random(names.length)] ?? "";
       const kinds: RoomEvent[] = [
-        { type: "join", client, name },
-        { type: "nick", client, name },
-        { type: "say", client, text: name },
-        { type: "leave", client, reason: "" },
+        { type: "join", clientId, name },
+        { type: "nick", clientId, name },
+        { type: "say", clientId, text: name },
+        { type: "leave", clientId, reason: "" },
       ];
-      return kinds[random(4)] ?? { type: "say", client, text: "" };
+      return kinds[random(4)] ?? { type: "say", clientId, text: "" };
     });
     const [one, other] = [new Room(), new Room()];
     for (const event of events) {
       expect(apply(one, event)).toEqual(apply(other, event));
       // Nobody holds a name that somebody else holds, nor keeps one after leaving.
-      const holders = new Set(one.holders.values());
+      const holders = new Set(one.owners.values());
       expect(Array.from(holders).sort()).toEqual(Array.from(one.people.keys()).sort());
     }
     expect(one).toEqual(other);
@@ -2535,7 +2535,7 @@ describe("names of all the world", () => {
     ශ්‍රී චන්ද්‍රිකා कर्‍हाडे علی‌رضا 𐓏𐓘𐓻 ᯅᯖᯂ ᨅᨔ ᜆᜄᜎᜓ ꚠꛁ 𖼐𖼕 ẹ̀kọ́ m̧ajel̗ G̃uasu`;
 
   test.each(WELCOME_NAMES.trim().split(/\s+/))("%s is welcome", (name) => {
-    expect(apply(new Room(), { type: "join", client: 1, name })).toEqual({
+    expect(apply(new Room(), { type: "join", clientId: 1, name })).toEqual({
       heard: `* ${name.normalize("NFKC")} has joined the chat`,
       logged: `User ${name.normalize("NFKC")} has joined the chat.`,
     });
@@ -2567,7 +2567,9 @@ describe("names of all the world", () => {
     "A\u0366sa",
     "ab\u0363",
   ])("%s is not written in one script, or is ornate, and is refused", (name) => {
-    expect(apply(new Room(), { type: "join", client: 1, name })).toEqual({ refused: SCRIPT_RULE });
+    expect(apply(new Room(), { type: "join", clientId: 1, name })).toEqual({
+      refused: SCRIPT_RULE,
+    });
   });
 
   // Each row is a name that is taken, and what must not get in while it is.
@@ -2607,9 +2609,9 @@ describe("names of all the world", () => {
   ])("while %s is here, nobody gets in as one of %s", (held, others) => {
     for (const name of others.split(" ")) {
       const room = new Room();
-      apply(room, { type: "join", client: 1, name: held });
+      apply(room, { type: "join", clientId: 1, name: held });
       const looks = `${name.normalize("NFKC")}`;
-      const outcome = apply(room, { type: "join", client: 2, name });
+      const outcome = apply(room, { type: "join", clientId: 2, name });
       const expected = [
         { refused: SCRIPT_RULE },
         { refused: NAME_RULE },
@@ -2635,8 +2637,8 @@ describe("names of all the world", () => {
     ["王", "玉"],
   ])("%s and %s are two people", (one, other) => {
     const room = new Room();
-    apply(room, { type: "join", client: 1, name: one });
-    expect(apply(room, { type: "join", client: 2, name: other })).toHaveProperty("heard");
+    apply(room, { type: "join", clientId: 1, name: one });
+    expect(apply(room, { type: "join", clientId: 2, name: other })).toHaveProperty("heard");
   });
 });
 
@@ -3049,14 +3051,14 @@ describe("memory", () => {
     let most = 0;
     for (let gone = 0; gone < 10;) {
       if ((await next(witness)).endsWith(" has left the chat (too slow)")) gone++;
-      most = Math.max(most, server.held);
+      most = Math.max(most, server.memoryUsed);
     }
     expect(most).toBeWithin(200 * 1024 * 1024, 260 * 1024 * 1024);
     witness.send("/who\n");
     while (!(await next(witness)).includes(" people are here: "));
     for (const peer of crowd) peer.socket.terminate();
     while (server.clients.length > 1) await next(witness);
-    expect(server.held).toBe(0);
+    expect(server.memoryUsed).toBe(0);
   });
 });
 

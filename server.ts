@@ -11,8 +11,8 @@
  *
  * Two ideas carry the rest:
  *
- * - The room is a function of its log. What changes it is an event (join, say, nick, leave). A line,
- *   a closed socket or a timer only proposes one, and `apply` alone decides what comes of it.
+ * - The room is a function of its events: join, say, nick, leave. A line, a closed socket or a timer
+ *   only proposes one, and `apply` alone decides what comes of it.
  * - Lines leave together. Whatever arrives at about the same time, from all sockets, becomes one
  *   batch, and each client gets it with one write. So a line costs little even in a large room, and
  *   everybody sees the same lines in the same order.
@@ -31,40 +31,49 @@ import { parseArgs } from "node:util";
 
 // --- Limits ------------------------------------------------------------------------------------
 
-const VERSION = "0.1.0";
-
 const KIB = 1024; // bytes
-const MAX_LINE = 4096; // bytes, without the line ending
-const MAX_NAME = 128; // UTF-16 code units of a name as it was typed, before anything looks at it
-const MAX_FIRST_LINE = 512; // bytes; no name takes as many
-const MAX_BATCH = 256 * KIB; // bytes; a batch of this size leaves at once
-const MAX_COPY = 64 * KIB; // bytes; a client's own batch is copied together up to this size
-const SMALL_PIECE = 1 * KIB; // bytes; smaller pieces that wait in a queue are gathered by copying
-const MAX_GATHERED = 16 * KIB; // bytes of such pieces together
-const SLICE = 16 * KIB; // bytes of lines and answers that one client gets done before the next flush
-const SLOW_QUEUE = 1024 * KIB; // bytes that may wait for a slow reader for as long as it likes
-const MAX_QUEUE = 8 * 1024 * KIB; // bytes that may wait for a reader however short the time
-const MAX_HELD = 256 * 1024 * KIB; // bytes in memory for all clients together
-const MAX_PRIVATE = 16 * KIB; // bytes of one sender's private messages that may wait to be read
-const MAX_LOG = 1024 * KIB; // characters of the log that may wait for somebody to read them
+const MIB = 1024 * KIB;
 
+// Lines, in bytes unless they say otherwise.
+const MAX_LINE = 4096; // without the line ending
+const MAX_FIRST_LINE = 512; // no name takes as many
+const MAX_TYPED_NAME = 128; // UTF-16 code units, before anything looks at it
+
+// Batches, in bytes.
+const MAX_BATCH = 256 * KIB; // a batch of this size leaves at once
+const MAX_COPY = 64 * KIB; // a client's own batch is copied together up to this size
+const SLICE = 16 * KIB; // of lines and answers that are handled per client between two flushes
+
+// Queues and memory, in bytes.
+const SLOW_QUEUE = 1 * MIB; // may wait for a slow reader for as long as it likes
+const MAX_QUEUE = 8 * MIB; // may wait for a reader however short the time
+const MAX_MEMORY = 256 * MIB; // for all clients together
+const MAX_PRIVATE = 16 * KIB; // of one sender's private messages that may wait to be read
+const MAX_IGNORED = 8 * MIB; // that a client may still send on its way out
+const SMALL_PIECE = 1 * KIB; // smaller pieces that wait in a queue are copied together
+const MAX_TAIL = 16 * KIB; // of such pieces at the end of a queue
+const PARCEL_OVERHEAD = 352; // about what a parcel takes besides its text
+const ENTRY_OVERHEAD = 160; // and what an entry of a queue takes
+
+// Times, in ms.
+const LOBBY_DEADLINE = 60_000; // to give a name in
+const LEAVER_DEADLINE = 60_000; // to read what is left when leaving
+const REFUSED_DEADLINE = 5_000; // to read why one cannot enter
+const STOP_DEADLINE = 2_500; // for everybody to read what is left when the server stops
+const SLOW_AFTER = 10_000; // that the oldest byte of a long queue may wait
+const KEEPALIVE = 45_000; // of silence before the kernel asks whether the peer is still there
+const NO_ANSWER = 55_000; // without a sign of life from a peer that cannot be reached
+const MAX_GATHER = 1; // that a line may wait for others to leave together with
+const MAX_NEWS_DELAY = 50; // that news of who comes and goes may wait in a very large room
+
+// The price of work, in short lines: see "Budgets".
+const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
+const ANSWER_BYTES_PER_UNIT = 4 * KIB; // of an answer, which only one person gets
+const IGNORED_BYTES_PER_UNIT = 64 * KIB; // of a line that is too long, which nobody gets
+const COMING_AND_GOING = 4; // everybody hears of both, and the newcomer gets the roster
 const BURST = 10_000; // ms' worth of work that may be done at once
 const NEWCOMER_BURST = 2_000; // the same for a connection that has just come
-const PACE = 100; // ms; the least that a fast sender is held back
-const SLOW_AFTER = 10_000; // ms that the oldest byte of a long queue may wait
-const LOBBY_DEADLINE = 60_000; // ms to give a name in
-const LEAVER_DEADLINE = 60_000; // ms to read what is left when leaving
-const REFUSED_DEADLINE = 5_000; // ms to read why one cannot enter
-const STOP_DEADLINE = 2_500; // ms for everybody to read what is left when the server stops
-const KEEPALIVE = 45_000; // ms of silence before the kernel asks whether the peer is still there
-const NO_ANSWER = 55_000; // ms without a sign of life from a peer that cannot be reached
-const MAX_GATHER = 1; // ms that a line may wait for others to leave together with
-const MAX_REST = 50; // ms that news of who is there may wait in a very large room
-
-// The price of work, in short lines.
-const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
-const ANSWER_BYTES_PER_UNIT = 4096; // of an answer, which only one person gets
-const COMING_AND_GOING = 4; // everybody hears of both, and the newcomer gets the roster
+const MIN_WAIT = 100; // ms; the least that a fast sender is held back
 
 // What all people together may say, so that a reader who takes 8 Mbit/s keeps up with any number.
 const ROOM_RATE = 768 * KIB; // bytes a second
@@ -76,9 +85,11 @@ const DEFAULT_MAX_PER_ADDRESS = 64;
 const ADDRESS_SHARE = 4; // times the rate of one connection
 const MAX_ARRIVALS = 20; // new connections of one address at once; then one a second
 
-const CLIENTS_PER_TURN = 256; // that leave, or get their last bytes, in one turn of the event loop
+// The event loop.
+const IDLE_TURNS = 8; // without news from any socket, after which a batch leaves
+const CLIENTS_PER_TURN = 256; // that leave, or get their last bytes, in one turn
+
 const SPARE_SOCKETS = 64; // descriptors kept free for files and for those who are being refused
-const ENTRY_OVERHEAD = 512; // bytes, about, that an entry of a queue takes besides its text
 
 // --- State -------------------------------------------------------------------------------------
 
@@ -98,8 +109,8 @@ const DEFAULTS = { host: "127.0.0.1", port: 5555, rate: 10, maxClients: 10_000 }
 
 /** The people in the room: what its events have made of it, and nothing else. */
 export class Room {
-  people = new Map<number, Person>(); // by the number of the connection, in order of coming
-  holders = new Map<string, number>(); // who holds a name, by each of its keys
+  people = new Map<number, Person>(); // by the id of the client, in order of coming
+  owners = new Map<string, number>(); // the ids of those whose name has a key
 }
 
 /** A name, its place in a sorted list, and the keys under which nobody else can have it. */
@@ -112,20 +123,19 @@ class Server {
   clients: Client[] = []; // those in the room, to whom a batch goes
   addresses = new Map<string, Address>(); // where they come from
   nextId = 1;
-  refused = 0; // connections that are only told why they cannot enter
+  refusedCount = 0; // connections that are only told why they cannot enter
 
   batch = ""; // what the next flush says to everybody
   batchBytes = 0; // its length as UTF-8
   nextFlush: "none" | "later" | "soon" = "none";
-  restUntil = 0; // ms; before then no flush for news alone
-  leavers: Client[] = []; // have left the room, and get what was said before that with the next flush
-  postponed: (() => void)[] = []; // what closed connections leave to do
-  sliced = new Set<Client>(); // have used up their slice, and are read from again after the next flush
+  newsNotBefore = 0; // ms; before then no flush for news of who comes and goes
+  leavers: Client[] = []; // have left the room; the next flush has their last bytes
+  sliced = new Set<Client>(); // have used up their slice; they are read from after the next flush
+  postponed: (() => void)[] = []; // FINs and removals that wait for their turn
 
+  inputs = 0; // chunks and FINs so far, which shows whether more are coming
   paidUntil = -Infinity; // ms; see `Account`
-
-  received = 0; // chunks and FINs so far, which shows whether more are coming
-  held = 0; // bytes in memory that wait to be read by clients, or came from them ahead of the rate
+  memoryUsed = 0; // bytes that wait to be read by clients, or came from them ahead of the rate
 
   directory: Person[] = []; // the people in the room, sorted by name
   roster: Parcel | null = null; // the line with all names for a newcomer; null while out of date
@@ -149,16 +159,18 @@ class Client {
   endpoint = ""; // address and port, for the log
   address: Address | null = null; // null for one that is refused a place
   refusal = ""; // why it is refused a place
-  deadline = performance.now() + LOBBY_DEADLINE; // ms; until then it must get on
+  deadline = performance.now() + LOBBY_DEADLINE; // ms; then `sweep` looks at it
 
   unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
-  finished = false; // its FIN has come; what it sent before may still be unread
+  finReceived = false; // what it sent before may still be unread
   heldBack = false; // its socket is paused: it is ahead of the rate, or of the others
   linePaid = false; // the line that it is held back for has been charged
   sliceUsed = 0; // bytes of its lines, and of the answers to them, since the last flush
+  ignored = 0; // bytes that it has sent on its way out
   paidUntil = performance.now() - NEWCOMER_BURST; // ms; see `Account`
 
-  ownBatch: Part[] | null = null; // what it gets instead of the batch; null for the very batch
+  // null: it gets the whole batch. Otherwise it gets these parts, and then the batch from `ownBatchEnd`.
+  ownBatch: Part[] | null = null;
   ownBatchEnd = 0; // bytes of the batch that are in `ownBatch`, or left out of it
   ownPrivates: PrivateDebt[] = []; // private messages in `ownBatch`
 
@@ -191,12 +203,12 @@ class Parcel {
 
   constructor(
     readonly bytes: Buffer,
-    readonly isGathered = false, // by a queue, which may append to it
+    readonly isTail = false, // the end of one queue, to which small pieces are appended
   ) {}
 }
 
-/** A part of a client's own batch: bytes of the common batch, an answer, or one that many share. */
-type Part = { start: number; end: number } | { answer: string } | { parcel: Parcel };
+/** A part of a client's own batch: bytes of the common batch, or what only it is told. */
+type Part = { start: number; end: number } | { text: string } | { parcel: Parcel };
 
 /** Bytes of a parcel for one client. */
 type Piece = { parcel: Parcel; start: number; end: number };
@@ -208,9 +220,6 @@ type Entry = Piece & { since: number; privates: PrivateDebt[] };
 type PrivateDebt = { sender: Client; bytes: number };
 
 const NOTHING = Buffer.alloc(0);
-const NEWLINE = 10;
-const RETURN = 13;
-const TLS_HANDSHAKE = 0x16; // the first byte of a TLS hello (RFC 8446, section 5.1)
 
 // --- The entry ---------------------------------------------------------------------------------
 
@@ -222,6 +231,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   const server = new Server({ ...DEFAULTS, ...options });
   const { host: hostname, port, maxClients, tls = false } = server.options;
   if (!isLoopback(hostname)) server.options.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
+  // Without descriptors a process can do nothing, not even refuse.
   server.options.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - SPARE_SOCKETS));
 
   const handlers: Bun.SocketHandler<Client> = {
@@ -252,16 +262,16 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     },
 
     /** Bytes in memory for all clients together. */
-    get held() {
-      return server.held;
+    get memoryUsed() {
+      return server.memoryUsed;
     },
 
     /**
      * Reads the files of the certificate again, for all who come from now on.
-     * @throws what Bun.listen throws; then nothing has changed
+     * @throws what Bun.listen throws: for a bad certificate before anything has changed
      */
     renewCertificate() {
-      listen(0).stop(); // throws before anything has changed
+      listen(0).stop(); // tries the certificate
       listener.stop(false);
       listener = listen(listener.port);
     },
@@ -280,7 +290,7 @@ function isLoopback(host: string): boolean {
   return loopback.check(host, isIP(host) === 6 ? "ipv6" : "ipv4");
 }
 
-/** A process without descriptors can do nothing, not even refuse. Bun has raised the soft limit. */
+/** The soft limit of open files, which Bun raises when it starts, or Infinity. */
 function openFilesLimit(): number {
   const report = process.report.getReport() as { userLimits?: { open_files?: { soft?: unknown } } };
   return Number(report.userLimits?.open_files?.soft) || Infinity; // may be "unlimited"
@@ -335,7 +345,7 @@ const NAME_RULE = "* A name is 1 to 32 letters and digits.";
 const SCRIPT_RULE = "* A name keeps to letters and digits of one script, with few accents.";
 
 // Letters, marks and digits that can be seen (Unicode UAX #44).
-const NAME = /^[[\p{L}\p{Nd}]--\p{DI}][[\p{L}\p{M}\p{Nd}]--\p{DI}]{0,31}$/v;
+const NAME_PATTERN = /^[[\p{L}\p{Nd}]--\p{DI}][[\p{L}\p{M}\p{Nd}]--\p{DI}]{0,31}$/v;
 const TOO_MANY_MARKS = /[\u0300-\u0333]{3}|[\p{Mn}\p{Me}]{5}/u;
 
 // Some scripts cannot do without joiners, which cannot be seen, to tell how letters are joined: after
@@ -405,7 +415,7 @@ const LOOK_ALIKES = new Map(
 
 /** A name as it is kept (Unicode UAX #15). Normalizing takes time that grows with its square. */
 function normalizeName(typed: string): string {
-  return typed.length > MAX_NAME ? "" : typed.normalize("NFKC");
+  return typed.length > MAX_TYPED_NAME ? "" : typed.normalize("NFKC");
 }
 
 /** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
@@ -425,8 +435,10 @@ function lookOf(name: string): string {
 
 function lookOfLetter(letter: string): string {
   const alike = LOOK_ALIKES.get(letter);
-  if (alike !== undefined || !/[^0-9]/.test(letter)) return alike ?? letter;
-  return /\p{Nd}/u.test(letter) ? lookOfLetter(digitValue(letter)) : letter;
+  if (alike !== undefined) return alike;
+
+  const isForeignDigit = /[\p{Nd}--[0-9]]/v.test(letter);
+  return isForeignDigit ? lookOfLetter(digitValue(letter)) : letter;
 }
 
 /** 0 to 9. Decimal digits stand in rows of ten, the zero first (Unicode, section 4.6). */
@@ -437,21 +449,26 @@ function digitValue(digit: string): string {
   return String(value % 10);
 }
 
+/** The key under which a name is found, in whatever case it is written. */
+function spellingKey(name: string): string {
+  return `= ${foldName(name)}`;
+}
+
 /** The keys under which nobody else can have a name: how it is read, how it looks, and in capitals. */
-function nameKeys(name: string): string[] {
-  return [`= ${foldName(name)}`, `~ ${lookOf(name)}`, `^ ${lookOf(name.toUpperCase())}`];
+function nameKeys(name: string): [spelling: string, looks: string, capitals: string] {
+  return [spellingKey(name), `~ ${lookOf(name)}`, `^ ${lookOf(name.toUpperCase())}`];
 }
 
 // --- The room and its events -------------------------------------------------------------------
 // `apply` must come to the same result wherever the same events are applied in the same order. So it
 // looks at nothing but the room and the event: no clock, no socket, no option.
 
-/** Something that changes the room. `client` is the number of a connection. */
+/** Something that changes the room. */
 export type RoomEvent =
-  | { type: "join"; client: number; name: string }
-  | { type: "say"; client: number; text: string }
-  | { type: "nick"; client: number; name: string }
-  | { type: "leave"; client: number; reason: string };
+  | { type: "join"; clientId: number; name: string }
+  | { type: "say"; clientId: number; text: string }
+  | { type: "nick"; clientId: number; name: string }
+  | { type: "leave"; clientId: number; reason: string };
 
 /** What comes of an event: a line for the room and one for the log, a refusal, or nothing. */
 export type Outcome = { heard: string; logged: string } | { refused: string } | null;
@@ -462,7 +479,7 @@ export type Outcome = { heard: string; logged: string } | { refused: string } | 
  *   has left
  */
 export function apply(room: Room, event: RoomEvent): Outcome {
-  const person = room.people.get(event.client);
+  const person = room.people.get(event.clientId);
   if (event.type === "join") return person ? null : applyJoin(room, event);
   if (!person) return null;
 
@@ -476,11 +493,11 @@ export function apply(room: Room, event: RoomEvent): Outcome {
 
     case "nick": {
       const wanted = createPerson(event.name);
-      const refused = refusePerson(room, event.client, wanted);
+      const refused = refusePerson(room, event.clientId, wanted);
       if (refused) return { refused };
 
       releaseKeys(room, person);
-      addPerson(room, event.client, wanted); // where the old name stood
+      addPerson(room, event.clientId, wanted); // where the old name stood
       return {
         heard: `* ${name} is now called ${wanted.name}`,
         logged: `User ${name} is now called ${wanted.name}.`,
@@ -489,7 +506,7 @@ export function apply(room: Room, event: RoomEvent): Outcome {
 
     case "leave":
       releaseKeys(room, person);
-      room.people.delete(event.client);
+      room.people.delete(event.clientId);
       return {
         heard: `* ${name} has left the chat${event.reason}`,
         logged: `Removing user: ${name} from clients${event.reason}`,
@@ -497,12 +514,12 @@ export function apply(room: Room, event: RoomEvent): Outcome {
   }
 }
 
-function applyJoin(room: Room, event: { client: number; name: string }): Outcome {
+function applyJoin(room: Room, event: { clientId: number; name: string }): Outcome {
   const newcomer = createPerson(event.name);
-  const refused = refusePerson(room, event.client, newcomer);
+  const refused = refusePerson(room, event.clientId, newcomer);
   if (refused) return { refused };
 
-  addPerson(room, event.client, newcomer);
+  addPerson(room, event.clientId, newcomer);
   return {
     heard: `* ${newcomer.name} has joined the chat`,
     logged: `User ${newcomer.name} has joined the chat.`,
@@ -515,37 +532,36 @@ function createPerson(typedName: string): Person {
   return { name, sortKey, keys: nameKeys(name) };
 }
 
-function addPerson(room: Room, client: number, person: Person): void {
-  for (const key of person.keys) room.holders.set(key, client);
-  room.people.set(client, person);
+function addPerson(room: Room, clientId: number, person: Person): void {
+  for (const key of person.keys) room.owners.set(key, clientId);
+  room.people.set(clientId, person);
 }
 
 function releaseKeys(room: Room, person: Person): void {
-  for (const key of person.keys) room.holders.delete(key);
+  for (const key of person.keys) room.owners.delete(key);
 }
 
 /** Why a client cannot be called so, or null if it can. */
-function refusePerson(room: Room, client: number, { name, keys }: Person): string | null {
+function refusePerson(room: Room, clientId: number, { name, keys }: Person): string | null {
   const letters = name.replace(JOINERS, "");
-  if (!NAME.test(letters)) return NAME_RULE;
+  if (!NAME_PATTERN.test(letters)) return NAME_RULE;
   if (!ONE_SCRIPT.test(letters) || TOO_MANY_MARKS.test(letters)) return SCRIPT_RULE;
-  if (name === room.people.get(client)?.name) return `* You are called ${name} already.`;
+  if (name === room.people.get(clientId)?.name) return `* You are called ${name} already.`;
 
-  const [sameName, ...sameLooks] = keys.map((key) => room.holders.get(key) ?? client);
-  if (sameName !== client) return `* The name ${name} is taken.`;
-  const isTaken = sameLooks.some((holder) => holder !== client);
+  const [sameName, ...sameLooks] = keys.map((key) => room.owners.get(key) ?? clientId);
+  if (sameName !== clientId) return `* The name ${name} is taken.`;
+  const isTaken = sameLooks.some((owner) => owner !== clientId);
   return isTaken ? `* The name ${name} looks like one that is taken.` : null;
 }
 
-function nameOf(room: Room, client: number): string {
-  return room.people.get(client)?.name ?? "";
+function nameOf(room: Room, clientId: number): string {
+  return room.people.get(clientId)?.name ?? "";
 }
 
 /** The client of that name, in whatever case it is written; undefined if nobody is called so. */
 function findClient(server: Server, name: string): Client | undefined {
-  const [sameName = ""] = nameKeys(normalizeName(name));
-  const holder = server.room.holders.get(sameName);
-  return holder === undefined ? undefined : server.connections.get(holder);
+  const clientId = server.room.owners.get(spellingKey(normalizeName(name)));
+  return clientId === undefined ? undefined : server.connections.get(clientId);
 }
 
 // --- The life of a client ----------------------------------------------------------------------
@@ -568,21 +584,15 @@ export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
 
   givePlace(server, client, host);
   // The refused must not use up the descriptors, even if then the last ones miss the reason.
-  if (client.refusal && server.refused > SPARE_SOCKETS / 2) cutOff(server, client);
-  else if (!tls) welcome(server, client);
-}
-
-function cutOff(server: Server, client: Client): void {
-  logRefusal(server, client, client.refusal);
-  client.phase = "closing";
-  client.socket.end();
+  if (client.refusal && server.refusedCount > SPARE_SOCKETS / 2) cutOff(server, client);
+  else if (!tls) greetOrRefuse(server, client);
 }
 
 /** Counts a connection, or finds out why there is no place for it. */
 function givePlace(server: Server, client: Client, host: string): void {
   const { maxClients, maxPerAddress = Infinity } = server.options;
   const address = findAddress(server, host);
-  const total = server.connections.size - server.refused; // this one among them
+  const total = server.connections.size - server.refusedCount; // this one among them
 
   if (total > maxClients) {
     client.refusal = "* The server is full. Try again later.";
@@ -591,24 +601,31 @@ function givePlace(server: Server, client: Client, host: string): void {
   }
 
   if (client.refusal) {
-    server.refused++;
+    server.refusedCount++;
   } else {
     address.connections++;
     client.address = address;
   }
 }
 
-function handleHandshake(server: Server, client: Client, success: boolean): void {
-  if (success) welcome(server, client);
-  else if (client.phase !== "closing") logRefusal(server, client, "the TLS handshake failed");
+function cutOff(server: Server, client: Client): void {
+  logRefusal(server, client, client.refusal);
+  client.phase = "closing";
+  client.socket.end();
 }
 
-/** Greets a client, now that something can be said to it, or turns it away. */
-function welcome(server: Server, client: Client): void {
+function handleHandshake(server: Server, client: Client, success: boolean): void {
+  if (client.phase === "closing") return;
+  if (success) greetOrRefuse(server, client);
+  else logRefusal(server, client, "the TLS handshake failed");
+}
+
+/** Says the first line to a client, now that something can be said to it. */
+function greetOrRefuse(server: Server, client: Client): void {
   if (client.refusal) {
     dismiss(server, client, client.refusal);
     logRefusal(server, client, client.refusal);
-  } else if (mayArrive(server, client)) {
+  } else if (takeArrival(server, client)) {
     greet(server, client);
   } else {
     waitForArrival(client);
@@ -628,23 +645,23 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
   const before = server.room.people.get(client.id);
   const outcome = apply(server.room, event);
   if (outcome === null) return;
-
   if ("refused" in outcome) {
-    if (event.type === "join") {
-      dismiss(server, client, outcome.refused);
-      logRefusal(server, client, `${outcome.refused} It gave ${quote(event.name)}`);
-    } else {
-      tell(server, client, outcome.refused);
-    }
+    refuse(server, client, event, outcome.refused);
     return;
   }
 
+  // Before anything is said: a full batch leaves at once, and may drop clients.
+  const after = server.room.people.get(client.id);
+  if (event.type !== "say") updateDirectory(server, before, after);
+
+  let logged = outcome.logged;
   switch (event.type) {
     case "say":
       broadcastMessage(server, outcome.heard, client);
       break;
     case "join":
       enterRoom(server, client, outcome.heard);
+      logged += ` From ${client.endpoint}`;
       break;
     case "nick":
     case "leave":
@@ -652,32 +669,39 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
       broadcastMessage(server, outcome.heard);
       break;
   }
-  if (event.type !== "say") updateDirectory(server, before, server.room.people.get(client.id));
-  const from = event.type === "join" ? ` From ${client.endpoint}` : "";
-  server.options.log?.(outcome.logged + from);
+  server.options.log?.(logged);
+}
+
+/** A newcomer whose name is refused has to go: the next line of a bot would be taken for a name. */
+function refuse(server: Server, client: Client, event: RoomEvent, why: string): void {
+  if (event.type !== "join") {
+    tell(server, client, why);
+    return;
+  }
+  dismiss(server, client, why);
+  logRefusal(server, client, `${why} It gave ${quote(event.name)}`);
 }
 
 /** A newcomer gets the roster at once. All that it hears of the room stands in the batch behind. */
 function enterRoom(server: Server, client: Client, announcement: string): void {
   const others = server.roster ?? createRoster(server.room, client.id);
-  send(server, client, { parcel: others, start: 0, end: others.bytes.length });
+  server.roster = extendRoster(others, nameOf(server.room, client.id));
+  send(server, client, wholeOf(others));
+  if (others.entries === 0) detach(others.bytes);
   charge(server, client, COMING_AND_GOING);
 
-  server.roster = extendRoster(others, nameOf(server.room, client.id));
-  if (others.entries === 0) free(others.bytes);
-
-  broadcastMessage(server, announcement);
   client.phase = "joined";
   client.ownBatch = [];
-  client.ownBatchEnd = server.batchBytes;
+  client.ownBatchEnd = server.batchBytes + Buffer.byteLength(announcement) + 1; // behind it
   server.clients.push(client);
+  broadcastMessage(server, announcement);
 }
 
 const ROSTER = "* The room contains: ";
 
 /** The line with all names but that of the newcomer, in order of coming. */
-function createRoster(room: Room, newcomer: number): Parcel {
-  const others = Array.from(room.people).filter(([client]) => client !== newcomer);
+function createRoster(room: Room, newcomerId: number): Parcel {
+  const others = Array.from(room.people).filter(([clientId]) => clientId !== newcomerId);
   return new Parcel(Buffer.from(`${ROSTER}${others.map(([, { name }]) => name).join(", ")}\n`));
 }
 
@@ -714,11 +738,11 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
   if (client.phase === "closing") return;
   if (lastLine) tell(server, client, lastLine);
 
-  if (client.phase === "joined") {
+  const wasJoined = client.phase === "joined";
+  if (wasJoined) {
     takeFromBatch(server, client);
     server.leavers.push(client);
   }
-  const wasJoined = client.phase === "joined";
   removeClient(server, client);
   client.deadline = performance.now() + (wasJoined ? LEAVER_DEADLINE : REFUSED_DEADLINE);
   if (client.heldBack) resume(client); // what it still sends is thrown away, but not its FIN
@@ -727,15 +751,14 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
 
 /** Takes a client out of the room, if it is in it, and tells the others that it has left. */
 export function removeClient(server: Server, client: Client, reason = ""): void {
-  const { phase } = client;
+  if (client.phase === "closing") return;
   client.phase = "closing";
-  if (phase !== "joined") return;
 
   // Their order does not matter, and moving all others up would take long when thousands leave.
   const place = server.clients.indexOf(client);
-  const last = server.clients.pop();
+  const last = place === -1 ? undefined : server.clients.pop();
   if (last && last !== client) server.clients[place] = last;
-  propose(server, client, { type: "leave", client: client.id, reason });
+  propose(server, client, { type: "leave", clientId: client.id, reason });
 }
 
 /** Cuts a client off. What waits for it is lost, and the others hear why. */
@@ -748,38 +771,38 @@ function drop(server: Server, client: Client, reason: string): void {
 /** The connection is closed, by whomever. Nothing can be told to this client any more. */
 function handleClose(server: Server, client: Client): void {
   if (!server.connections.delete(client.id)) return;
-  if (client.refusal) server.refused--;
+  if (client.refusal) server.refusedCount--;
   if (client.address) {
     client.address.connections--;
     client.address.waiting.delete(client);
   }
 
-  const lost = countLines(client.unread);
+  const unreadLines = countLines(client.unread);
   discard(server, client);
-  const reason = lost > 0 ? ` (${lost} or more lines unread)` : "";
-  postpone(server, client, () => removeClient(server, client, reason));
+  const reason = unreadLines > 0 ? ` (${unreadLines} or more lines unread)` : "";
+  // Until then it stands among the clients, and writes to its socket return -1.
+  postpone(server, client, () => {
+    removeClient(server, client, reason);
+    discard(server, client);
+  });
 }
 
 /** Does some work in a later turn. Thousands who leave at once must not stall the room. */
 function postpone(server: Server, client: Client, work: () => void): void {
-  if (server.postponed.length === 0) setImmediate(workOn, server);
+  if (server.postponed.length === 0) setImmediate(runPostponed, server);
   server.postponed.push(() => serve(server, client, work));
 }
 
-function workOn(server: Server): void {
-  const { postponed } = server;
-  server.postponed = [];
-  for (const work of postponed.splice(0, CLIENTS_PER_TURN)) work();
-
-  // What was postponed meanwhile comes after the rest, and has its own turn already.
-  if (postponed.length === 0) return;
-  if (server.postponed.length === 0) setImmediate(workOn, server);
-  server.postponed = [...postponed, ...server.postponed];
+function runPostponed(server: Server): void {
+  const due = server.postponed.slice(0, CLIENTS_PER_TURN);
+  for (const work of due) work();
+  server.postponed.splice(0, due.length); // only now, so that `postpone` sees that a turn is coming
+  if (server.postponed.length > 0) setImmediate(runPostponed, server);
 }
 
 /** Frees what waits for a client, and what has come from it and was not read. */
 function discard(server: Server, client: Client): void {
-  for (const entry of client.queue) release(server, entry);
+  for (const entry of client.queue) dropEntry(server, entry);
   client.queue = [];
   client.queued = 0;
   client.ownBatch = null;
@@ -793,7 +816,7 @@ function handleError(server: Server, socket: Bun.Socket<Client>, error: unknown)
   socket.terminate();
 }
 
-/** Serves a client outside of the handlers of its socket, with the same consequence. */
+/** Does work outside of the handlers of a socket. An exception disconnects this client only. */
 function serve(server: Server, client: Client, work: () => void): void {
   try {
     work();
@@ -811,7 +834,7 @@ function sweep(server: Server): void {
     if (isSlow(client, now)) drop(server, client, " (too slow)");
     else if (now >= client.deadline) handleDeadline(server, client);
   }
-  freeMemory(server);
+  dropGreediest(server);
 }
 
 function handleDeadline(server: Server, client: Client): void {
@@ -829,7 +852,7 @@ function handleDeadline(server: Server, client: Client): void {
       logRefusal(server, client, why);
       break;
     }
-    case "joined":
+    case "joined": // every 5.5 s, from the first minute on
       if (hasVanished(client.socket)) client.socket.terminate();
       else client.deadline += NO_ANSWER / 10;
       break;
@@ -845,35 +868,46 @@ function logRefusal(server: Server, client: Client, why: string): void {
 
 /** What somebody sent, for the log, where it must not look like anything else. */
 function quote(text: string): string {
-  return JSON.stringify(cleanText(text.slice(0, MAX_NAME)));
+  return JSON.stringify(cleanText(text.slice(0, MAX_TYPED_NAME)));
 }
 
 // --- Reading -----------------------------------------------------------------------------------
 
+const NEWLINE = 10;
+const RETURN = 13;
+const TLS_HANDSHAKE = 0x16; // the first byte of a TLS hello (RFC 8446, section 5.1)
+
 function handleData(server: Server, client: Client, chunk: Buffer): void {
+  server.inputs++;
   if (client.phase === "closing") {
-    free(chunk);
+    ignore(client, chunk);
     return;
   }
 
-  server.received++;
   if (client.unread.length === 0) {
     keepUnread(server, client, chunk);
   } else {
     keepUnread(server, client, Buffer.concat([client.unread, chunk]));
-    free(chunk);
+    detach(chunk);
   }
-
   if (!client.heldBack) readLines(server, client);
-  freeMemory(server);
+  dropGreediest(server);
+}
+
+/** Throws away what comes from a client on its way out, but not for ever. */
+function ignore(client: Client, chunk: Buffer): void {
+  client.ignored += chunk.length;
+  detach(chunk);
+  if (client.ignored > MAX_IGNORED) client.socket.terminate();
 }
 
 /** The FIN has come. A client that is held back has lines that it sent before. */
 function handleEnd(server: Server, client: Client): void {
-  server.received++;
+  server.inputs++;
+  client.finReceived = true;
   postpone(server, client, () => {
-    client.finished = true;
-    if (!client.heldBack) readLines(server, client);
+    const isOpen = server.connections.has(client.id);
+    if (isOpen && !client.heldBack) readLines(server, client);
   });
 }
 
@@ -882,8 +916,7 @@ function readLines(server: Server, client: Client): void {
   const bytes = client.unread;
   let start = 0;
 
-  // A TLS hello to a room without TLS has random bytes that may hold a newline, and words of whoever
-  // caused it: a web page, for instance.
+  // A TLS hello may hold newlines, and text that a web page chose. No part of it must be a line.
   if (client.phase === "naming" && bytes[0] === TLS_HANDSHAKE) {
     dismiss(server, client);
     logRefusal(server, client, "it speaks TLS");
@@ -903,7 +936,7 @@ function readLines(server: Server, client: Client): void {
     const wait = payForLine(server, client, end - start);
     if (wait > 0) {
       holdBack(server, client, bytes.subarray(start));
-      setTimeout(readOn, Math.max(wait, PACE), server, client);
+      readOnIn(wait, server, client);
       return;
     }
 
@@ -911,27 +944,40 @@ function readLines(server: Server, client: Client): void {
     start = newline + 1;
   }
 
-  keepRest(server, client, bytes.subarray(start));
-  free(bytes);
-  if (client.finished) dismiss(server, client);
+  readBeginning(server, client, bytes.subarray(start));
+  detach(bytes);
+  if (client.finReceived && !client.heldBack) dismiss(server, client);
 }
 
-/** Keeps the beginning of a line, which is no longer than anybody needs to know. */
-function keepRest(server: Server, client: Client, rest: Buffer): void {
-  if (client.phase === "naming" && rest.length > MAX_FIRST_LINE) {
+/** The beginning of a line is kept, but no more of it than shows that it is too long. */
+function readBeginning(server: Server, client: Client, beginning: Buffer): void {
+  if (client.phase === "naming" && beginning.length > MAX_FIRST_LINE) {
     dismiss(server, client, NAME_RULE);
     logRefusal(server, client, NAME_RULE);
   }
 
   // A copy: a view would keep the whole chunk in memory.
-  const isWanted = rest.length > 0 && client.phase !== "closing";
-  keepUnread(server, client, isWanted ? Buffer.from(rest.subarray(0, MAX_LINE + 2)) : NOTHING);
+  const kept = client.phase === "closing" ? NOTHING : beginning.subarray(0, MAX_LINE + 2);
+  keepUnread(server, client, kept.length > 0 ? Buffer.from(kept) : NOTHING);
+
+  const ignored = beginning.length - (MAX_LINE + 2);
+  if (client.phase !== "joined" || ignored <= 0) return;
+  const wait = charge(server, client, ignored / IGNORED_BYTES_PER_UNIT);
+  if (wait === 0) return;
+  pause(client);
+  readOnIn(wait, server, client);
 }
 
 /** Stops reading from a client. TCP in its turn holds back the sender. */
 function holdBack(server: Server, client: Client, rest: Buffer): void {
-  keepUnread(server, client, rest);
+  // A view keeps its whole chunk in memory: copy when little is left of it.
+  const isSmall = rest.length < rest.buffer.byteLength / 2;
+  keepUnread(server, client, isSmall ? Buffer.from(rest) : rest);
   pause(client);
+}
+
+function readOnIn(wait: number, server: Server, client: Client): void {
+  setTimeout(readOn, Math.max(wait, MIN_WAIT), server, client);
 }
 
 /** Goes on with a client that was held back. */
@@ -955,13 +1001,12 @@ function resume(client: Client): void {
 }
 
 function keepUnread(server: Server, client: Client, bytes: Buffer): void {
-  // A view keeps all of its memory.
-  server.held += bytes.buffer.byteLength - client.unread.buffer.byteLength;
+  server.memoryUsed += bytes.buffer.byteLength - client.unread.buffer.byteLength;
   client.unread = bytes;
 }
 
-/** Frees bytes at once, if that is worth it: tens of megabytes would pile up to be collected. */
-function free(bytes: Buffer): void {
+/** Frees a large buffer at once: tens of megabytes would pile up to be collected. */
+function detach(bytes: Buffer): void {
   if (bytes.length > MAX_LINE && bytes.buffer instanceof ArrayBuffer) bytes.buffer.transfer(0);
 }
 
@@ -970,7 +1015,7 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
   client.sliceUsed += end - start + 1;
   if (client.phase === "naming") {
     const name = bytes.toString("utf8", start, Math.min(end, start + MAX_LINE));
-    propose(server, client, { type: "join", client: client.id, name });
+    propose(server, client, { type: "join", clientId: client.id, name });
     return;
   }
   if (end - start > MAX_LINE) {
@@ -980,10 +1025,10 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
 
   const line = cleanText(bytes.toString("utf8", start, end));
   if (line.startsWith("/") && !line.startsWith("//")) {
-    obey(server, client, line);
+    runCommand(server, client, line);
   } else if (/\S/.test(line)) {
     const text = line.startsWith("//") ? line.slice(1) : line;
-    propose(server, client, { type: "say", client: client.id, text });
+    propose(server, client, { type: "say", clientId: client.id, text });
   }
 }
 
@@ -999,6 +1044,11 @@ function countLines(bytes: Buffer): number {
 }
 
 // --- Writing -----------------------------------------------------------------------------------
+// The way of a line:
+//
+//     broadcastMessage  ->  batch     \
+//                                      flush  ->  sendBatch  ->  send  ->  queue  ->  handleDrain
+//     tell              ->  ownBatch  /
 
 /** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
 export function broadcastMessage(server: Server, line: string, sender?: Client): void {
@@ -1013,65 +1063,60 @@ export function broadcastMessage(server: Server, line: string, sender?: Client):
 
 /** Says a line to one client, after all that it has been sent so far. */
 function tell(server: Server, client: Client, line: string): void {
-  const text = line + "\n";
-  client.sliceUsed += text.length;
+  const text = `${line}\n`;
   if (client.phase !== "joined") {
-    const parcel = new Parcel(Buffer.from(text));
-    send(server, client, { parcel, start: 0, end: parcel.bytes.length });
+    send(server, client, wholeOf(new Parcel(Buffer.from(text))));
     return;
   }
 
   const parts = takeFromBatch(server, client);
   const last = parts.at(-1);
-  if (last && "answer" in last) last.answer += text;
-  else parts.push({ answer: text });
-  scheduleFlush(server, true);
-}
-
-/** Tells a client in the room what many are told. */
-function tellShared(server: Server, client: Client, parcel: Parcel): void {
-  client.sliceUsed += parcel.bytes.length;
-  takeFromBatch(server, client).push({ parcel });
+  if (last && "text" in last) last.text += text;
+  else parts.push({ text });
   scheduleFlush(server, true);
 }
 
 /** Gives a client a batch of its own, with all of the common batch up to here that it should get. */
 function takeFromBatch(server: Server, client: Client): Part[] {
+  return takeFromBatchUpTo(client, server.batchBytes);
+}
+
+function takeFromBatchUpTo(client: Client, end: number): Part[] {
   client.ownBatch ??= [];
-  const start = client.ownBatchEnd;
-  const end = server.batchBytes;
-  if (start < end) client.ownBatch.push({ start, end });
+  if (client.ownBatchEnd < end) client.ownBatch.push({ start: client.ownBatchEnd, end });
   client.ownBatchEnd = end;
   return client.ownBatch;
 }
 
-/** Sees to the next flush. For news of coming and going, a large room rests first. */
+/** Sees to the next flush. In a large room, news of who comes and goes wait for a while. */
 function scheduleFlush(server: Server, urgent: boolean): void {
   if (server.nextFlush === "soon" || (server.nextFlush === "later" && !urgent)) return;
 
-  const rest = urgent ? 0 : server.restUntil - performance.now();
-  if (rest >= 1) {
+  const delay = urgent ? 0 : server.newsNotBefore - performance.now();
+  if (delay >= 1) {
     server.nextFlush = "later";
-    setTimeout(endRest, rest, server);
+    setTimeout(flushNews, delay, server);
   } else {
     server.nextFlush = "soon";
     gather(server, performance.now() + MAX_GATHER, 0, -1);
   }
 }
 
-function endRest(server: Server): void {
+function flushNews(server: Server): void {
   if (server.nextFlush === "later") scheduleFlush(server, true);
 }
 
-/** Lets the loop look at all sockets once a turn; flushes when 8 turns have brought nothing new. */
-function gather(server: Server, deadline: number, idleTurns: number, received: number): void {
-  if (server.nextFlush !== "soon") return; // a full batch has left in the meantime
-  if (idleTurns === 8 || performance.now() > deadline) {
+/** Lets the loop look at all sockets once a turn, and flushes when they bring nothing new. */
+function gather(server: Server, deadline: number, idleTurns: number, inputs: number): void {
+  // A full batch has left in the meantime. If another has begun, the first of two loops flushes it.
+  if (server.nextFlush !== "soon") return;
+
+  if (idleTurns === IDLE_TURNS || performance.now() > deadline) {
     flush(server);
     return;
   }
-  const turns = server.received === received ? idleTurns + 1 : 0;
-  setImmediate(gather, server, deadline, turns, server.received);
+  const turns = server.inputs === inputs ? idleTurns + 1 : 0;
+  setImmediate(gather, server, deadline, turns, server.inputs);
 }
 
 /** Sends everybody the same bytes, except clients that have a batch of their own. */
@@ -1086,21 +1131,38 @@ function flush(server: Server): void {
   server.leavers = [];
   server.sliced = new Set();
 
-  const parcel = new Parcel(Buffer.from(text));
-  const batch = { parcel, start: 0, end: parcel.bytes.length };
-  for (const client of leavers) serve(server, client, () => sendBatch(server, client, batch));
+  const batch = wholeOf(new Parcel(Buffer.from(text)));
+  for (const client of leavers) serve(server, client, () => queueLastBatch(server, client, batch));
   sendToLeavers(server, leavers);
 
   // Iterate over a copy: an exception may remove a client.
   for (const client of [...server.clients])
     serve(server, client, () => sendBatch(server, client, batch));
-  if (parcel.entries === 0) free(parcel.bytes);
-  server.restUntil = performance.now() + Math.min(performance.now() - started, MAX_REST);
+  if (batch.parcel.entries === 0) detach(batch.parcel.bytes);
 
-  const tooSlow = server.clients.filter((client) => client.queued > MAX_QUEUE);
-  for (const client of tooSlow) drop(server, client, " (too slow)");
-  freeMemory(server);
+  const now = performance.now();
+  server.newsNotBefore = now + Math.min(now - started, MAX_NEWS_DELAY);
+  dropSlowReaders(server);
+  dropGreediest(server);
   if (sliced.size > 0) setImmediate(readOnAll, server, sliced); // the loop looks at others first
+}
+
+function sendBatch(server: Server, client: Client, batch: Piece): void {
+  client.sliceUsed = 0;
+  if (client.ownBatch === null) {
+    send(server, client, batch);
+    return;
+  }
+
+  takeFromBatchUpTo(client, batch.end);
+  for (const piece of takeOwnBatch(client, batch.parcel)) send(server, client, piece);
+  chargePrivates(client);
+}
+
+/** What a leaver should still get waits in its queue until it has its turn. */
+function queueLastBatch(server: Server, client: Client, batch: Piece): void {
+  for (const piece of takeOwnBatch(client, batch.parcel)) enqueue(server, client, piece);
+  chargePrivates(client);
 }
 
 /** Sends the last bytes and our FIN to some leavers a turn: thousands at once would take long. */
@@ -1110,31 +1172,25 @@ function sendToLeavers(server: Server, leavers: Client[]): void {
   if (leavers.length > 0) setImmediate(sendToLeavers, server, leavers);
 }
 
+/** Reads on from clients that had used up their slice. */
 function readOnAll(server: Server, clients: Set<Client>): void {
   for (const client of clients) readOn(server, client);
 }
 
-function sendBatch(server: Server, client: Client, batch: Piece): void {
-  client.sliceUsed = 0;
-  if (client.ownBatch === null) {
-    if (client.phase === "joined") send(server, client, batch);
-    return;
-  }
-
-  const parts = client.ownBatch;
-  const rest = { start: client.ownBatchEnd, end: batch.end };
-  if (client.phase === "joined" && rest.start < rest.end) parts.push(rest);
+/** The pieces of a client's own batch. From here on it gets the next batch as everybody else. */
+function takeOwnBatch(client: Client, batch: Parcel): Piece[] {
+  const parts = client.ownBatch ?? [];
   client.ownBatch = null;
   client.ownBatchEnd = 0;
-  const deliver = client.phase === "joined" ? send : enqueue;
-  for (const piece of joinPieces(parts.map((part) => toPiece(part, batch.parcel))))
-    deliver(server, client, piece);
-  chargePrivates(client);
+  return joinPieces(parts.map((part) => toPiece(part, batch)));
 }
 
 function toPiece(part: Part, batch: Parcel): Piece {
   if ("start" in part) return { parcel: batch, start: part.start, end: part.end };
-  const parcel = "parcel" in part ? part.parcel : new Parcel(Buffer.from(part.answer));
+  return wholeOf("parcel" in part ? part.parcel : new Parcel(Buffer.from(part.text)));
+}
+
+function wholeOf(parcel: Parcel): Piece {
   return { parcel, start: 0, end: parcel.bytes.length };
 }
 
@@ -1158,32 +1214,32 @@ function send(server: Server, client: Client, piece: Piece): void {
   enqueue(server, client, { parcel, start: start + sent, end });
 }
 
-/** Adds to a client's queue. Small pieces are gathered, because each entry costs a write later. */
+/** Adds to a client's queue. Small pieces become one entry, because each one costs a write later. */
 function enqueue(server: Server, client: Client, piece: Piece): void {
   const size = piece.end - piece.start;
   client.queued += size;
 
   const last = client.queue.at(-1);
-  if (last && size <= SMALL_PIECE && last.end - last.start + size <= MAX_GATHERED) {
+  if (last && size <= SMALL_PIECE && last.end - last.start + size <= MAX_TAIL) {
     append(server, last, piece);
     return;
   }
-  hold(server, piece.parcel);
+  retain(server, piece.parcel);
   client.queue.push({ ...piece, since: performance.now(), privates: [] });
 }
 
-/** Copies a piece behind an entry, which gets a parcel of its own when it has none, or no space. */
+/** Copies a piece behind an entry, which first gets a parcel with space when it has none. */
 function append(server: Server, entry: Entry, piece: Piece): void {
   const used = entry.end - entry.start;
   const size = piece.end - piece.start;
 
-  if (!entry.parcel.isGathered || entry.end + size > entry.parcel.bytes.length) {
-    const capacity = Math.min(MAX_GATHERED, 2 * (used + size));
-    const gathered = new Parcel(Buffer.allocUnsafe(capacity), true);
-    entry.parcel.bytes.copy(gathered.bytes, 0, entry.start, entry.end);
-    hold(server, gathered);
-    letGo(server, entry.parcel);
-    entry.parcel = gathered;
+  if (!entry.parcel.isTail || entry.end + size > entry.parcel.bytes.length) {
+    const capacity = Math.min(MAX_TAIL, 2 * (used + size));
+    const tail = new Parcel(Buffer.allocUnsafe(capacity), true);
+    entry.parcel.bytes.copy(tail.bytes, 0, entry.start, entry.end);
+    retain(server, tail);
+    release(server, entry.parcel);
+    entry.parcel = tail;
     entry.start = 0;
     entry.end = used;
   }
@@ -1192,15 +1248,16 @@ function append(server: Server, entry: Entry, piece: Piece): void {
   entry.end += size;
 }
 
-/** A parcel is in memory as long as it is in a queue. */
-function hold(server: Server, parcel: Parcel): void {
-  if (parcel.entries === 0) server.held += parcel.bytes.length + ENTRY_OVERHEAD;
+function retain(server: Server, parcel: Parcel): void {
+  if (parcel.entries === 0) server.memoryUsed += parcel.bytes.length + PARCEL_OVERHEAD;
   parcel.entries++;
+  server.memoryUsed += ENTRY_OVERHEAD;
 }
 
-function letGo(server: Server, parcel: Parcel): void {
+function release(server: Server, parcel: Parcel): void {
+  server.memoryUsed -= ENTRY_OVERHEAD;
   parcel.entries--;
-  if (parcel.entries === 0) server.held -= parcel.bytes.length + ENTRY_OVERHEAD;
+  if (parcel.entries === 0) server.memoryUsed -= parcel.bytes.length + PARCEL_OVERHEAD;
 }
 
 /** Sends what waits, now that the kernel may have room. */
@@ -1215,13 +1272,13 @@ function handleDrain(server: Server, client: Client): void {
     if (entry.start < end) break;
     done++;
   }
-  for (const entry of client.queue.splice(0, done)) release(server, entry);
+  for (const entry of client.queue.splice(0, done)) dropEntry(server, entry);
   finishWriting(client);
 }
 
 /** An entry has left a queue. */
-function release(server: Server, { parcel, privates }: Entry): void {
-  letGo(server, parcel);
+function dropEntry(server: Server, { parcel, privates }: Entry): void {
+  release(server, parcel);
   for (const { sender, bytes } of privates) sender.unreadPrivates -= bytes;
 }
 
@@ -1237,14 +1294,20 @@ function isSlow(client: Client, now: number): boolean {
   return oldest !== undefined && client.queued > SLOW_QUEUE && now - oldest.since > SLOW_AFTER;
 }
 
-/** Drops whoever holds most, until all clients together do not hold too much. */
-function freeMemory(server: Server): void {
-  if (server.held <= MAX_HELD) return;
+function dropSlowReaders(server: Server): void {
+  const slow = server.clients.filter((client) => client.queued > MAX_QUEUE);
+  for (const client of slow) drop(server, client, " (too slow)");
+}
 
-  const holds = ({ queued, unread }: Client) => queued + unread.length;
-  const clients = Array.from(server.connections.values()).sort((a, b) => holds(b) - holds(a));
+/** Drops whoever takes most memory, until all clients together do not take too much. */
+function dropGreediest(server: Server): void {
+  if (server.memoryUsed <= MAX_MEMORY) return;
+
+  const memoryOf = ({ queued, unread }: Client) => queued + unread.buffer.byteLength;
+  const clients = Array.from(server.connections.values());
+  clients.sort((a, b) => memoryOf(b) - memoryOf(a));
   for (const client of clients) {
-    if (server.held <= MAX_HELD || holds(client) === 0) break;
+    if (server.memoryUsed <= MAX_MEMORY || memoryOf(client) === 0) break;
     drop(server, client, client.queued > 0 ? " (too slow)" : " (too fast)");
   }
 }
@@ -1260,40 +1323,50 @@ type Command = {
 };
 
 const COMMANDS: readonly Command[] = [
-  { name: "/help", parameters: "", help: "shows this list", run: help },
-  { name: "/who", parameters: "", help: "says who is here", run: who },
-  { name: "/nick", parameters: "NAME", help: "gives you another name", run: nick },
-  { name: "/msg", parameters: "NAME TEXT", help: "says something to one person only", run: msg },
-  { name: "/quit", parameters: "", help: "leaves the room", run: dismissWithoutWords },
+  { name: "/help", parameters: "", help: "shows this list", run: sendHelp },
+  { name: "/who", parameters: "", help: "says who is here", run: sendNames },
+  { name: "/nick", parameters: "NAME", help: "gives you another name", run: changeName },
+  {
+    name: "/msg",
+    parameters: "NAME TEXT",
+    help: "says something to one person only",
+    run: sendPrivate,
+  },
+  { name: "/quit", parameters: "", help: "leaves the room", run: quit },
 ];
 
-function formatUsage({ name, parameters }: Command): string {
-  return parameters ? `${name} ${parameters}` : name;
-}
-
-function obey(server: Server, client: Client, line: string): void {
+function runCommand(server: Server, client: Client, line: string): void {
   const { word, rest } = splitWord(line);
   const name = word.toLowerCase();
   const command = COMMANDS.find((command) => command.name === name);
-
-  const before = client.sliceUsed;
   if (command) command.run(server, client, rest);
-  else tell(server, client, `* Unknown command ${word}. Try /help.`);
-  charge(server, client, (client.sliceUsed - before) / ANSWER_BYTES_PER_UNIT);
+  else answer(server, client, `* Unknown command ${word}. Try /help.`);
+}
+
+/** Tells a client what it has asked for, which costs by its size. */
+function answer(server: Server, client: Client, line: string): void {
+  tell(server, client, line);
+  chargeAnswer(server, client, Buffer.byteLength(line));
 }
 
 const HELP = [
-  ...COMMANDS.map((command) => `* ${formatUsage(command)} ${command.help}`),
+  ...COMMANDS.map(({ name, parameters, help }) => `* ${name} ${parameters} ${help}`),
   "* //TEXT says /TEXT, for a message that begins with a slash",
-].join("\n");
+]
+  .join("\n")
+  .replaceAll("  ", " "); // where there are no parameters
 
-function help(server: Server, client: Client): void {
-  tell(server, client, HELP);
+function sendHelp(server: Server, client: Client): void {
+  answer(server, client, HELP);
 }
 
-function who(server: Server, client: Client): void {
+/** The answer is one for all who ask before somebody comes, goes or is renamed. */
+function sendNames(server: Server, client: Client): void {
   server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server)));
-  tellShared(server, client, server.whoAnswer);
+  const parcel = server.whoAnswer;
+  takeFromBatch(server, client).push({ parcel });
+  scheduleFlush(server, true);
+  chargeAnswer(server, client, parcel.bytes.length);
 }
 
 function listPeople({ directory }: Server): string {
@@ -1301,34 +1374,34 @@ function listPeople({ directory }: Server): string {
   return `* ${directory.length} ${are} here: ${directory.map(({ name }) => name).join(", ")}\n`;
 }
 
-function nick(server: Server, client: Client, name: string): void {
-  if (name === "") tell(server, client, "* Say it like this: /nick NAME");
-  else propose(server, client, { type: "nick", client: client.id, name });
+function changeName(server: Server, client: Client, name: string): void {
+  if (name === "") answer(server, client, "* Say it like this: /nick NAME");
+  else propose(server, client, { type: "nick", clientId: client.id, name });
 }
 
 /** A private message is for two, and therefore neither an event of the room nor in the log. */
-function msg(server: Server, client: Client, rest: string): void {
+function sendPrivate(server: Server, client: Client, rest: string): void {
   const { word: name, rest: text } = splitWord(rest);
-  const reader = findClient(server, name);
   if (text === "") {
-    tell(server, client, "* Say it like this: /msg NAME TEXT");
+    answer(server, client, "* Say it like this: /msg NAME TEXT");
     return;
   }
+  const reader = findClient(server, name);
   if (!reader) {
-    tell(server, client, `* Nobody here is called ${name}.`);
+    answer(server, client, `* Nobody here is called ${name}.`);
     return;
   }
   if (client.unreadPrivates > MAX_PRIVATE) {
-    tell(server, client, "* Your private messages are not being read. This one was not sent.");
+    answer(server, client, "* Your private messages are not being read. This one was not sent.");
     return;
   }
 
   const { room } = server;
   const line = `[${nameOf(room, client.id)} -> ${nameOf(room, reader.id)}] ${text}`;
-  tell(server, client, line);
+  answer(server, client, line);
   if (reader === client) return;
   tell(server, reader, line);
-  reader.ownPrivates.push({ sender: client, bytes: line.length });
+  reader.ownPrivates.push({ sender: client, bytes: Buffer.byteLength(line) });
 }
 
 /** Private messages that wait in a queue count against their senders until they have been taken. */
@@ -1342,7 +1415,7 @@ function chargePrivates(reader: Client): void {
   reader.ownPrivates = [];
 }
 
-function dismissWithoutWords(server: Server, client: Client): void {
+function quit(server: Server, client: Client): void {
   dismiss(server, client);
 }
 
@@ -1390,13 +1463,19 @@ function payForLine(server: Server, client: Client, bytes: number): number {
   return wait;
 }
 
+/** Charges for an answer of so many bytes. It is not held back, but the next line is. */
+function chargeAnswer(server: Server, client: Client, bytes: number): void {
+  client.sliceUsed += bytes;
+  charge(server, client, bytes / ANSWER_BYTES_PER_UNIT);
+}
+
 /** Whether all connections of an address have a common budget. */
 function sharesBudget(server: Server): boolean {
   return server.options.rate > 0 && server.options.maxPerAddress !== undefined;
 }
 
-/** Whether a connection may be greeted at once, or too many have come from its address. */
-function mayArrive(server: Server, { address }: Client): boolean {
+/** Lets a connection arrive. @returns whether it may, or too many have come from its address */
+function takeArrival(server: Server, { address }: Client): boolean {
   if (!address || !sharesBudget(server)) return true;
   if (address.arrivals === 0) return false;
   address.arrivals--;
@@ -1461,10 +1540,10 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   clearInterval(sweeper);
 
   // What clients have sent before is in the kernel: it is all read when a look brings nothing new.
-  let received = -1;
-  while (received < server.received || server.sliced.size + server.postponed.length > 0) {
+  let inputs = -1;
+  while (inputs < server.inputs || server.sliced.size + server.postponed.length > 0) {
     if (performance.now() > started + STOP_DEADLINE / 5) break;
-    received = server.received;
+    inputs = server.inputs;
     await Bun.sleep(5);
   }
 
@@ -1475,12 +1554,8 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   broadcastMessage(server, SHUTDOWN);
   flush(server);
 
-  for (const client of server.connections.values()) {
-    if (client.phase === "naming") tell(server, client, SHUTDOWN);
-    client.phase = "closing"; // without a word to the others, who leave as well
-    if (client.heldBack) resume(client);
-    finishWriting(client);
-  }
+  for (const client of server.connections.values())
+    serve(server, client, () => sayGoodbye(server, client));
   server.clients.length = 0;
 
   while (server.connections.size > 0 && performance.now() < started + STOP_DEADLINE)
@@ -1488,7 +1563,20 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   for (const client of server.connections.values()) client.socket.terminate();
 }
 
+/** The FIN, and the notice for those who are not in the room. The others leave as well: no word. */
+function sayGoodbye(server: Server, client: Client): void {
+  const canRead =
+    client.phase === "naming" || (client.phase === "connecting" && !server.options.tls);
+  if (canRead) tell(server, client, SHUTDOWN);
+  client.phase = "closing";
+  if (client.heldBack) resume(client);
+  finishWriting(client);
+}
+
 // --- The program -------------------------------------------------------------------------------
+
+const VERSION = "0.1.0";
+const MAX_LOG = 1 * MIB; // characters that may wait for somebody to read them
 
 const OPTIONS = [
   ["host", "HOST", `the address to listen on (${DEFAULTS.host}; 0.0.0.0 for the whole network)`],
@@ -1509,6 +1597,7 @@ Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
 
 ${OPTIONS.map(([name, value, help]) => `  --${name} ${value}`.padEnd(25) + help).join("\n")}`;
 
+/** The program: reads the options, opens the room, and minds the signals. @throws as they do */
 export function main(): void {
   const { quiet, ...options } = readOptions();
   const print = createPrinter(process.stdout);
@@ -1522,7 +1611,7 @@ export function main(): void {
   function shutDown(exitCode: number): void {
     // The second signal ends the process at once, as it does where nobody listens to it.
     process.removeAllListeners("SIGINT").removeAllListeners("SIGTERM");
-    process.removeAllListeners("SIGHUP").on("SIGHUP", () => {}); // it would open the room again
+    process.removeAllListeners("SIGHUP").on("SIGHUP", () => {}); // renewing would listen again
     print("Server is shutting down");
     process.exitCode = exitCode;
     // Output that nobody reads may hold up the end, but not for ever.
