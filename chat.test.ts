@@ -1047,6 +1047,26 @@ describe("pacing", () => {
     expect(sent).toBeLessThan(32_000_000);
   });
 
+  test.each([
+    ["one that never ends its line", ""],
+    ["one that has left and goes on sending", "/quit\n"],
+  ])("%s is not read from without end", async (_, first) => {
+    jest.useFakeTimers();
+    const server = open({ rate: 10 });
+    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
+    alice.send(first);
+    const megabyte = Buffer.alloc(1_000_000, "x");
+    let sent = 0;
+    for (let turn = 0; turn < 400 && sent < 200_000_000; turn++) {
+      sent += Math.max(0, alice.socket.write(megabyte));
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+    expect(sent).toBeLessThan(40_000_000);
+    const carol = await enter(server, "carol");
+    bob.send("hello\n");
+    await carol.until("[bob] hello");
+  });
+
   test("short questions with long answers do not pile up the answers", async () => {
     const server = await serve("--rate", "0", "--quiet");
     const names = Array.from({ length: 300 }, (_, number) => `${number}`.padStart(32, "x"));
@@ -2257,6 +2277,45 @@ describe("faults", () => {
     await bob.until(/^\* mallory has left the chat \(\d+ or more lines unread\)$/);
     expect(problems).toHaveLength(1);
     await stillServes(server, alice, bob);
+  });
+
+  test("an exception while somebody joins leaves no ghost with the name", async () => {
+    const problems: string[] = [];
+    const server = open({ logError: (problem) => problems.push(problem) });
+    const alice = await enter(server, "alice");
+    const sockets = Object.getPrototypeOf(alice.socket) as Socket<unknown>;
+    const { write } = sockets;
+    const bob = await greeted(server);
+    sockets.write = function (this: Socket<unknown>, ...bytes: [Uint8Array]) {
+      if (!(this.data instanceof Peer)) throw new Error("on purpose");
+      return write.apply(this, bytes);
+    } as typeof write;
+    try {
+      bob.send("bob\n");
+      await bob.closed.promise;
+    } finally {
+      sockets.write = write;
+    }
+    expect(problems[0]).toContain("on purpose");
+    await enter(server, "bob");
+    alice.send("/who\n");
+    await alice.until(present("alice", "bob"));
+  });
+
+  test("clients that half-close and are reset at once leave nothing in memory", async () => {
+    const server = open();
+    const alice = await enter(server, "alice");
+    for (let round = 0; round < 10; round++) {
+      const names = Array.from({ length: 50 }, (_, number) => `user${round}x${number}`);
+      const crowd = await Promise.all(names.map((name) => enter(server, name)));
+      for (const peer of crowd) peer.send("hello\nhalf a line");
+      for (const peer of crowd) peer.socket.shutdown();
+      for (const peer of crowd) peer.socket.terminate();
+      for (const _ of crowd) await alice.until(/ has left the chat/);
+    }
+    alice.send("/who\n");
+    await alice.until(present("alice"));
+    expect(server.memoryUsed).toBe(0);
   });
 
   test("2,000 who leave at once, each with a last line, are all heard and all get the end", async () => {
