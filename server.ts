@@ -162,6 +162,7 @@ class Client {
   deadline = performance.now() + LOBBY_DEADLINE; // ms; then `sweep` looks at it
 
   unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
+  unreadMemory = 0; // bytes in memory for it
   finReceived = false; // what it sent before may still be unread
   heldBack = false; // its socket is paused: it is ahead of the rate, or of the others
   linePaid = false; // the line that it is held back for has been charged
@@ -971,8 +972,8 @@ function readBeginning(server: Server, client: Client, beginning: Buffer): void 
 /** Stops reading from a client. TCP in its turn holds back the sender. */
 function holdBack(server: Server, client: Client, rest: Buffer): void {
   // A view keeps its whole chunk in memory: copy when little is left of it.
-  const isSmall = rest.length < rest.buffer.byteLength / 2;
-  keepUnread(server, client, isSmall ? Buffer.from(rest) : rest);
+  if (rest.length < client.unreadMemory / 2) keepUnread(server, client, Buffer.from(rest));
+  else keepUnread(server, client, rest, client.unreadMemory);
   pause(client);
 }
 
@@ -1000,9 +1001,11 @@ function resume(client: Client): void {
   client.socket.resume();
 }
 
-function keepUnread(server: Server, client: Client, bytes: Buffer): void {
-  server.memoryUsed += bytes.buffer.byteLength - client.unread.buffer.byteLength;
+/** Keeps bytes for later. `memory` is more than their length where they are a view. */
+function keepUnread(server: Server, client: Client, bytes: Buffer, memory = bytes.length): void {
+  server.memoryUsed += memory - client.unreadMemory;
   client.unread = bytes;
+  client.unreadMemory = memory;
 }
 
 /** Frees a large buffer at once: tens of megabytes would pile up to be collected. */
@@ -1155,7 +1158,7 @@ function sendBatch(server: Server, client: Client, batch: Piece): void {
   }
 
   takeFromBatchUpTo(client, batch.end);
-  for (const piece of takeOwnBatch(client, batch.parcel)) send(server, client, piece);
+  sendTogether(server, client, takeOwnBatch(client, batch.parcel));
   chargePrivates(client);
 }
 
@@ -1182,7 +1185,7 @@ function takeOwnBatch(client: Client, batch: Parcel): Piece[] {
   const parts = client.ownBatch ?? [];
   client.ownBatch = null;
   client.ownBatchEnd = 0;
-  return joinPieces(parts.map((part) => toPiece(part, batch)));
+  return parts.map((part) => toPiece(part, batch));
 }
 
 function toPiece(part: Part, batch: Parcel): Piece {
@@ -1194,15 +1197,24 @@ function wholeOf(parcel: Parcel): Piece {
   return { parcel, start: 0, end: parcel.bytes.length };
 }
 
-/** Pieces as they are sent: copied together while they are small, for the sake of a single write. */
-function joinPieces(pieces: Piece[]): Piece[] {
-  let total = 0;
-  for (const { start, end } of pieces) total += end - start;
-  if (pieces.length <= 1 || total > MAX_COPY) return pieces;
+/** Sends some pieces. Small ones are copied together, for the sake of a single write. */
+function sendTogether(server: Server, client: Client, pieces: Piece[]): void {
+  let size = 0;
+  for (const { start, end } of pieces) size += end - start;
+  if (pieces.length <= 1 || size > MAX_COPY) {
+    for (const piece of pieces) send(server, client, piece);
+    return;
+  }
 
-  const copies = pieces.map(({ parcel, start, end }) => parcel.bytes.subarray(start, end));
-  return [{ parcel: new Parcel(Buffer.concat(copies)), start: 0, end: total }];
+  let copied = 0;
+  for (const { parcel, start, end } of pieces)
+    copied += parcel.bytes.copy(scratch, copied, start, end);
+  const sent = client.queue.length > 0 ? 0 : client.socket.write(scratch, 0, size);
+  if (sent === size || sent < 0) return; // a closed socket says so in `close`
+  enqueue(server, client, wholeOf(new Parcel(Buffer.from(scratch.subarray(sent, size)))));
 }
+
+const scratch = Buffer.allocUnsafe(MAX_COPY);
 
 /** Hands bytes to the kernel. What it does not take waits in the client's queue for `drain`. */
 function send(server: Server, client: Client, piece: Piece): void {
@@ -1303,7 +1315,7 @@ function dropSlowReaders(server: Server): void {
 function dropGreediest(server: Server): void {
   if (server.memoryUsed <= MAX_MEMORY) return;
 
-  const memoryOf = ({ queued, unread }: Client) => queued + unread.buffer.byteLength;
+  const memoryOf = ({ queued, unreadMemory }: Client) => queued + unreadMemory;
   const clients = Array.from(server.connections.values());
   clients.sort((a, b) => memoryOf(b) - memoryOf(a));
   for (const client of clients) {
