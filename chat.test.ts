@@ -2839,6 +2839,11 @@ describe("budgets", () => {
   const openToNetwork = (options: Partial<ServerOptions> = {}) =>
     open({ rate: 10, maxPerAddress: 64, ...options });
 
+  /** Lets the event loop do whatever it can do without the time passing. */
+  async function settle(): Promise<void> {
+    for (let turn = 0; turn < 200; turn++) await new Promise((resolve) => setImmediate(resolve));
+  }
+
   test("a line costs by its length", async () => {
     jest.useFakeTimers();
     const server = open({ rate: 10 });
@@ -2870,9 +2875,8 @@ describe("budgets", () => {
     // 34 characters a name make 17 KB: about four short lines' worth, and one for the asking.
     const answers = await first.lines(19);
     for (const answer of answers) expect(answer).toStartWith("* 501 people are here: ");
-    first.socket.shutdown();
-    jest.advanceTimersByTime(1_000);
-    expect((await first.lines(2)).filter((line) => line?.startsWith("* 501"))).toHaveLength(2);
+    await settle();
+    expect(first.received.toString("latin1").split("\n").length - 1).toBeLessThan(4);
   });
 
   /** So many clients that say 400 lines each as soon as they are in. */
@@ -2975,6 +2979,7 @@ describe("budgets", () => {
     for (const peer of early) expect(await peer.line()).toBe(WELCOME);
     for (const peer of crowd) peer.send("late\n");
     for (const number of [0, 1, 2, 3]) {
+      await settle();
       expect(crowd.map(({ total }) => total > 0)).toEqual(crowd.map((_, place) => place < number));
       jest.advanceTimersByTime(1000);
       expect(await crowd[number]?.line()).toBe(WELCOME);
