@@ -344,6 +344,27 @@ describe("joining", () => {
     expect(await carol.line()).toBe("[alice] hello");
   });
 
+  test("the roster is right after others have come, gone and been renamed", async () => {
+    const server = open();
+    const [alice, bob] = (await enterAll(server, "alice", "bob", "carol")) as [Peer, Peer];
+    const roster = async (name: string) => {
+      const peer = await greeted(server);
+      peer.send(`${name}\n`);
+      return await peer.line();
+    };
+    expect(await roster("dave")).toBe("* The room contains: alice, bob, carol");
+    expect(await roster("erin")).toBe("* The room contains: alice, bob, carol, dave");
+    bob.send("/quit\n");
+    await alice.until("* bob has left the chat");
+    expect(await roster("frank")).toBe("* The room contains: alice, carol, dave, erin");
+    alice.send("/nick anna\n");
+    await alice.until("* alice is now called anna");
+    expect(await roster("grace")).toBe("* The room contains: anna, carol, dave, erin, frank");
+    expect(await roster("heidi")).toBe(
+      "* The room contains: anna, carol, dave, erin, frank, grace",
+    );
+  });
+
   test("the first one is told that the room is empty", async () => {
     const peer = await greeted(open());
     peer.send("alice\n");
