@@ -782,10 +782,7 @@ function handleClose(server: Server, client: Client): void {
   discard(server, client);
   const reason = unreadLines > 0 ? ` (${unreadLines} or more lines unread)` : "";
   // Until then it stands among the clients, and writes to its socket return -1.
-  postpone(server, client, () => {
-    removeClient(server, client, reason);
-    discard(server, client);
-  });
+  postpone(server, client, () => removeClient(server, client, reason));
 }
 
 /** Does some work in a later turn. Thousands who leave at once must not stall the room. */
