@@ -41,6 +41,7 @@ const MAX_TYPED_NAME = 128; // UTF-16 code units, before anything looks at it
 
 // Batches, in bytes.
 const MAX_BATCH = 256 * KIB; // a batch of this size leaves at once
+const MAX_COPIES = 64 * MIB; // and so does one of which all clients together get as much
 const MAX_COPY = 64 * KIB; // a client's own batch is copied together up to this size
 const SLICE = 16 * KIB; // of lines and answers that are handled per client between two flushes
 
@@ -59,7 +60,7 @@ const ENTRY_OVERHEAD = 160; // and what an entry of a queue takes
 const LOBBY_DEADLINE = 60_000; // to give a name in
 const LEAVER_DEADLINE = 60_000; // to read what is left when leaving
 const REFUSED_DEADLINE = 5_000; // to read why one cannot enter
-const STOP_DEADLINE = 2_500; // for everybody to read what is left when the server stops
+const STOP_DEADLINE = 1_500; // for everybody to read what is left when the server stops
 const SLOW_AFTER = 10_000; // that the oldest byte of a long queue may wait
 const KEEPALIVE = 45_000; // of silence before the kernel asks whether the peer is still there
 const NO_ANSWER = 55_000; // without a sign of life from a peer that cannot be reached
@@ -1057,7 +1058,8 @@ export function broadcastMessage(server: Server, line: string, sender?: Client):
   server.batchBytes += Buffer.byteLength(line) + 1;
   if (sender) sender.ownBatchEnd = server.batchBytes;
 
-  if (server.batchBytes >= MAX_BATCH) flush(server);
+  const copies = server.batchBytes * server.clients.length;
+  if (server.batchBytes >= MAX_BATCH || copies >= MAX_COPIES) flush(server);
   else scheduleFlush(server, sender !== undefined);
 }
 
