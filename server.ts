@@ -88,7 +88,7 @@ const MAX_ARRIVALS = 20; // new connections of one address at once; then one a s
 
 // The event loop.
 const IDLE_TURNS = 8; // without news from any socket, after which a batch leaves
-const CLIENTS_PER_TURN = 256; // that leave, or get their last bytes, in one turn
+const CLIENTS_PER_TURN = 256; // that leave, or get what has waited, in one turn
 
 const SPARE_SOCKETS = 64; // descriptors kept free for files and for those who are being refused
 
@@ -132,7 +132,7 @@ class Server {
   newsNotBefore = 0; // ms; before then no flush for news of who comes and goes
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
   sliced = new Set<Client>(); // have used up their slice; they are read from after the next flush
-  postponed: (() => void)[] = []; // FINs and removals that wait for their turn
+  postponed: (() => void)[] = []; // FINs, removals and full queues that wait for their turn
 
   inputs = 0; // chunks and FINs so far, which shows whether more are coming
   paidUntil = -Infinity; // ms; see `Account`
@@ -786,7 +786,7 @@ function handleClose(server: Server, client: Client): void {
   postpone(server, client, () => removeClient(server, client, reason));
 }
 
-/** Does some work in a later turn. Thousands who leave at once must not stall the room. */
+/** Does some work in a later turn. Thousands who leave at once, for instance, must not stall the room. */
 function postpone(server: Server, client: Client, work: () => void): void {
   if (server.postponed.length === 0) setImmediate(runPostponed, server);
   server.postponed.push(() => serve(server, client, work));
@@ -1048,7 +1048,7 @@ function countLines(bytes: Buffer): number {
 // The way of a line:
 //
 //     broadcastMessage  ->  batch     \
-//                                      flush  ->  sendBatch  ->  send  ->  queue  ->  handleDrain
+//                                      flush  ->  sendBatch  ->  send  ->  queue  ->  sendQueue
 //     tell              ->  ownBatch  /
 
 /** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
@@ -1170,7 +1170,7 @@ function queueLastBatch(server: Server, client: Client, batch: Piece): void {
 /** Sends the last bytes and our FIN to some leavers a turn: thousands at once would take long. */
 function sendToLeavers(server: Server, leavers: Client[]): void {
   for (const client of leavers.splice(0, CLIENTS_PER_TURN))
-    serve(server, client, () => handleDrain(server, client));
+    serve(server, client, () => sendQueue(server, client));
   if (leavers.length > 0) setImmediate(sendToLeavers, server, leavers);
 }
 
@@ -1271,8 +1271,13 @@ function release(server: Server, parcel: Parcel): void {
   if (parcel.entries === 0) server.memoryUsed -= parcel.bytes.length + PARCEL_OVERHEAD;
 }
 
-/** Sends what waits, now that the kernel may have room. */
+/** The kernel may have room again. Thousands whom it has room for must not stall the room, either. */
 function handleDrain(server: Server, client: Client): void {
+  postpone(server, client, () => sendQueue(server, client));
+}
+
+/** Sends what waits. */
+function sendQueue(server: Server, client: Client): void {
   let done = 0;
   for (const entry of client.queue) {
     const { parcel, start, end } = entry;
