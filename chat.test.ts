@@ -1232,7 +1232,7 @@ describe("shutdown", () => {
       jest.advanceTimersByTime(5);
       await null;
     }
-    expect(waited).toBeWithin(1_400, 1_600);
+    expect(waited).toBeWithin(1_900, 2_100);
     await stopping;
   });
 

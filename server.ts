@@ -60,7 +60,7 @@ const ENTRY_OVERHEAD = 160; // and what an entry of a queue takes
 const LOBBY_DEADLINE = 60_000; // to give a name in
 const LEAVER_DEADLINE = 60_000; // to read what is left when leaving
 const REFUSED_DEADLINE = 5_000; // to read why one cannot enter
-const STOP_DEADLINE = 1_500; // for everybody to read what is left when the server stops
+const STOP_DEADLINE = 2_000; // for everybody to read what is left when the server stops
 const SLOW_AFTER = 10_000; // that the oldest byte of a long queue may wait
 const KEEPALIVE = 45_000; // of silence before the kernel asks whether the peer is still there
 const NO_ANSWER = 55_000; // without a sign of life from a peer that cannot be reached
@@ -129,6 +129,7 @@ class Server {
   batch = ""; // what the next flush says to everybody
   batchBytes = 0; // its length as UTF-8
   nextFlush: "none" | "later" | "soon" = "none";
+  flushes = 0; // so far
   newsNotBefore = 0; // ms; before then no flush for news of who comes and goes
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
   sliced = new Set<Client>(); // have used up their slice; they are read from after the next flush
@@ -913,6 +914,7 @@ function handleEnd(server: Server, client: Client): void {
 /** Takes as many lines as may be taken now. The rest is taken when the client may go on. */
 function readLines(server: Server, client: Client): void {
   const bytes = client.unread;
+  const { flushes } = server;
   let start = 0;
 
   // A TLS hello may hold newlines, and text that a web page chose. No part of it must be a line.
@@ -926,7 +928,8 @@ function readLines(server: Server, client: Client): void {
     if (newline === -1) break;
     const end = newline > start && bytes[newline - 1] === RETURN ? newline - 1 : newline;
 
-    if (client.sliceUsed > SLICE) {
+    // A full batch that left in the midst of its lines ends a slice, too: flushes take long.
+    if (client.sliceUsed > SLICE || server.flushes !== flushes) {
       holdBack(server, client, bytes.subarray(start));
       server.sliced.add(client);
       scheduleFlush(server, true);
@@ -1130,6 +1133,7 @@ function flush(server: Server): void {
   server.batch = "";
   server.batchBytes = 0;
   server.nextFlush = "none";
+  server.flushes++;
   server.leavers = [];
   server.sliced = new Set();
 
