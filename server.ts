@@ -41,7 +41,7 @@ const MAX_TYPED_NAME = 128; // UTF-16 code units, before anything looks at it
 
 // Batches, in bytes.
 const MAX_BATCH = 256 * KIB; // a batch of this size leaves at once
-const MAX_COPIES = 64 * MIB; // and so does one of which all clients together get as much
+const MAX_COPIES = 128 * MIB; // and so does one of which all clients together get as much
 const MAX_COPY = 64 * KIB; // a client's own batch is copied together up to this size
 const SLICE = 16 * KIB; // of lines and answers that are handled per client between two flushes
 
