@@ -44,6 +44,7 @@ const MAX_BATCH = 256 * KIB; // a batch of this size leaves at once
 const MAX_COPIES = 128 * MIB; // and so does one of which all clients together get as much
 const MAX_COPY = 64 * KIB; // a client's own batch is copied together up to this size
 const SLICE = 16 * KIB; // of lines and answers that are handled per client between two flushes
+const MAX_ANSWERS = 4 * MIB; // of answers and rosters for all clients between two flushes
 
 // Queues and memory, in bytes.
 const SLOW_QUEUE = 1 * MIB; // may wait for a slow reader for as long as it likes
@@ -132,7 +133,8 @@ class Server {
   flushes = 0; // so far
   newsNotBefore = 0; // ms; before then no flush for news of who comes and goes
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
-  sliced = new Set<Client>(); // have used up their slice; they are read from after the next flush
+  sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
+  answered = 0; // bytes of answers and rosters since the last flush
   postponed: (() => void)[] = []; // FINs, removals and full queues that wait for their turn
 
   inputs = 0; // chunks and FINs so far, which shows whether more are coming
@@ -140,7 +142,7 @@ class Server {
   memoryUsed = 0; // bytes that wait to be read by clients, or came from them ahead of the rate
 
   directory: Person[] = []; // the people in the room, sorted by name
-  roster: Parcel | null = null; // the line with all names for a newcomer; null while out of date
+  roster: Piece | null = null; // all names for a newcomer, but the newline; null while out of date
   whoAnswer: Parcel | null = null; // the answer to /who; likewise
 
   constructor(readonly options: ServerOptions) {}
@@ -588,6 +590,7 @@ export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
   givePlace(server, client, host);
   // The refused must not use up the descriptors, even if then the last ones miss the reason.
   if (client.refusal && server.refusedCount > SPARE_SOCKETS / 2) cutOff(server, client);
+  else if (!client.refusal && !takeArrival(server, client)) waitForArrival(client);
   else if (!tls) greetOrRefuse(server, client);
 }
 
@@ -628,16 +631,10 @@ function greetOrRefuse(server: Server, client: Client): void {
   if (client.refusal) {
     dismiss(server, client, client.refusal);
     logRefusal(server, client, client.refusal);
-  } else if (takeArrival(server, client)) {
-    greet(server, client);
   } else {
-    waitForArrival(client);
+    client.phase = "naming";
+    tell(server, client, "Welcome to the chat! What is your name?");
   }
-}
-
-function greet(server: Server, client: Client): void {
-  client.phase = "naming";
-  tell(server, client, "Welcome to the chat! What is your name?");
 }
 
 /**
@@ -689,8 +686,8 @@ function refuse(server: Server, client: Client, event: RoomEvent, why: string): 
 function enterRoom(server: Server, client: Client, announcement: string): void {
   const others = server.roster ?? createRoster(server.room, client.id);
   server.roster = extendRoster(others, nameOf(server.room, client.id));
-  send(server, client, wholeOf(others));
-  if (others.entries === 0) detach(others.bytes);
+  sendTogether(server, client, [others, LINE_END]);
+  server.answered += others.end;
   charge(server, client, COMING_AND_GOING);
 
   client.phase = "joined";
@@ -701,18 +698,31 @@ function enterRoom(server: Server, client: Client, announcement: string): void {
 }
 
 const ROSTER = "* The room contains: ";
+const LINE_END = wholeOf(new Parcel(Buffer.from("\n")));
 
-/** The line with all names but that of the newcomer, in order of coming. */
-function createRoster(room: Room, newcomerId: number): Parcel {
+/** All names but that of the newcomer, in order of coming. */
+function createRoster(room: Room, newcomerId: number): Piece {
   const others = Array.from(room.people).filter(([clientId]) => clientId !== newcomerId);
-  return new Parcel(Buffer.from(`${ROSTER}${others.map(([, { name }]) => name).join(", ")}\n`));
+  return wholeOf(new Parcel(Buffer.from(ROSTER + others.map(([, { name }]) => name).join(", "))));
 }
 
-/** Made from the last one: in a room of thousands a new one takes ten times as long. */
-function extendRoster({ bytes }: Parcel, name: string): Parcel {
-  const isEmpty = bytes.length === ROSTER.length + 1;
-  const more = Buffer.from(isEmpty ? `${name}\n` : `, ${name}\n`);
-  return new Parcel(Buffer.concat([bytes.subarray(0, -1), more]));
+/**
+ * Writes a name behind a roster, which stays as it is for those who still wait for it. So a
+ * thousand rosters of a thousand newcomers are one in memory.
+ */
+function extendRoster({ parcel, end }: Piece, name: string): Piece {
+  const more = Buffer.from(end === ROSTER.length ? name : `, ${name}`);
+  const newEnd = end + more.length;
+  let { bytes } = parcel;
+  if (newEnd <= bytes.length) {
+    more.copy(bytes, end);
+    return { parcel, start: 0, end: newEnd };
+  }
+
+  bytes = Buffer.alloc(2 * newEnd);
+  parcel.bytes.copy(bytes, 0, 0, end);
+  more.copy(bytes, end);
+  return { parcel: new Parcel(bytes), start: 0, end: newEnd };
 }
 
 /** Keeps the directory sorted. To sort it for each /who would take long, with a /nick before each. */
@@ -875,6 +885,7 @@ function quote(text: string): string {
 
 const NEWLINE = 10;
 const RETURN = 13;
+const SLASH = 47;
 const TLS_HANDSHAKE = 0x16; // the first byte of a TLS hello (RFC 8446, section 5.1)
 
 function handleData(server: Server, client: Client, chunk: Buffer): void {
@@ -929,7 +940,8 @@ function readLines(server: Server, client: Client): void {
     const end = newline > start && bytes[newline - 1] === RETURN ? newline - 1 : newline;
 
     // A full batch that left in the midst of its lines ends a slice, too: flushes take long.
-    if (client.sliceUsed > SLICE || server.flushes !== flushes) {
+    const isOver = client.sliceUsed > SLICE || server.flushes !== flushes;
+    if (isOver || (server.answered > MAX_ANSWERS && mayBeAnswered(client, bytes[start]))) {
       holdBack(server, client, bytes.subarray(start));
       server.sliced.add(client);
       scheduleFlush(server, true);
@@ -949,6 +961,11 @@ function readLines(server: Server, client: Client): void {
   readBeginning(server, client, bytes.subarray(start));
   detach(bytes);
   if (client.finReceived && !client.heldBack) dismiss(server, client);
+}
+
+/** Whether a line with this first byte may get a long answer, of all names for instance. */
+function mayBeAnswered(client: Client, firstByte: number | undefined): boolean {
+  return client.phase === "naming" || firstByte === SLASH;
 }
 
 /** The beginning of a line is kept, but no more of it than shows that it is too long. */
@@ -1127,7 +1144,7 @@ function gather(server: Server, deadline: number, idleTurns: number, inputs: num
 /** Sends everybody the same bytes, except clients that have a batch of their own. */
 function flush(server: Server): void {
   const started = performance.now();
-  const { batch: text, leavers, sliced } = server;
+  const { batch: text, leavers } = server;
 
   // Whatever fails below, the next line begins a new batch.
   server.batch = "";
@@ -1135,7 +1152,7 @@ function flush(server: Server): void {
   server.nextFlush = "none";
   server.flushes++;
   server.leavers = [];
-  server.sliced = new Set();
+  server.answered = 0;
 
   const batch = wholeOf(new Parcel(Buffer.from(text)));
   for (const client of leavers) serve(server, client, () => queueLastBatch(server, client, batch));
@@ -1150,7 +1167,7 @@ function flush(server: Server): void {
   server.newsNotBefore = now + Math.min(now - started, MAX_NEWS_DELAY);
   dropSlowReaders(server);
   dropGreediest(server);
-  if (sliced.size > 0) setImmediate(readOnAll, server, sliced); // the loop looks at others first
+  if (server.sliced.size > 0) setImmediate(readOnAll, server); // the loop looks at others first
 }
 
 function sendBatch(server: Server, client: Client, batch: Piece): void {
@@ -1178,9 +1195,15 @@ function sendToLeavers(server: Server, leavers: Client[]): void {
   if (leavers.length > 0) setImmediate(sendToLeavers, server, leavers);
 }
 
-/** Reads on from clients that had used up their slice. */
-function readOnAll(server: Server, clients: Set<Client>): void {
-  for (const client of clients) readOn(server, client);
+/** Reads on from clients that had used up a slice, the first one first. */
+function readOnAll(server: Server): void {
+  // Iterate over a copy: a client may use up another slice.
+  for (const client of [...server.sliced]) {
+    if (server.answered > MAX_ANSWERS) break;
+    server.sliced.delete(client);
+    readOn(server, client);
+  }
+  if (server.sliced.size > 0) scheduleFlush(server, true);
 }
 
 /** The pieces of a client's own batch. From here on it gets the next batch as everybody else. */
@@ -1486,6 +1509,7 @@ function payForLine(server: Server, client: Client, bytes: number): number {
 /** Charges for an answer of so many bytes. It is not held back, but the next line is. */
 function chargeAnswer(server: Server, client: Client, bytes: number): void {
   client.sliceUsed += bytes;
+  server.answered += bytes;
   charge(server, client, bytes / ANSWER_BYTES_PER_UNIT);
 }
 
@@ -1514,8 +1538,8 @@ function sweepAddress(server: Server, address: Address): void {
   if (next) {
     address.waiting.delete(next);
     next.deadline = performance.now() + LOBBY_DEADLINE;
-    serve(server, next, () => greet(server, next));
-    readOn(server, next);
+    if (!server.options.tls) serve(server, next, () => greetOrRefuse(server, next));
+    readOn(server, next); // and with it goes on the TLS handshake
   } else if (address.arrivals < MAX_ARRIVALS) {
     address.arrivals++;
   } else if (address.connections === 0 && address.paidUntil < performance.now() - BURST) {
