@@ -164,6 +164,7 @@ class Peer {
   received = Buffer.alloc(0);
   total = 0; // bytes received
   onlyCounts = false; // what comes is thrown away
+  secured = false; // the TLS handshake is done
   ended = Promise.withResolvers<void>(); // a FIN has come
   closed = Promise.withResolvers<Error | undefined>();
   private unsent = Buffer.alloc(0);
@@ -181,7 +182,10 @@ class Peer {
       allowHalfOpen: true,
       socket: {
         open: (socket) => void (socket.data = new Peer(socket)),
-        handshake: ({ data: peer }) => peer.send(""), // only now can anything be sent
+        handshake: ({ data: peer }) => {
+          peer.secured = true;
+          peer.send(""); // only now can anything be sent
+        },
         data: ({ data: peer }, chunk) => {
           if (!peer.onlyCounts) peer.received = Buffer.concat([peer.received, chunk]);
           peer.total += chunk.length;
@@ -3010,6 +3014,20 @@ describe("budgets", () => {
     for (const peer of early) peer.socket.terminate();
   });
 
+  test("under TLS those who wait shake no hands before", async () => {
+    jest.useFakeTimers();
+    const server = openTls({ rate: 10, maxPerAddress: 64 });
+    const crowd = await Promise.all(Array.from({ length: 22 }, () => Peer.connect(server)));
+    for (const peer of crowd.slice(0, 20)) expect(await peer.line()).toBe(WELCOME);
+    const late = crowd.slice(20);
+    for (const peer of late) peer.send("late\n");
+    await settle();
+    expect(late.map(({ secured }) => secured)).toEqual([false, false]);
+    jest.advanceTimersByTime(1000);
+    expect(await late[0]?.lines(2)).toEqual([WELCOME, "* The room contains: "]);
+    expect(late[1]?.secured).toBeFalse();
+  });
+
   test("one that waits for its greeting has a minute from then on, and may give up", async () => {
     jest.useFakeTimers();
     const server = openToNetwork();
@@ -3122,6 +3140,38 @@ describe("memory", () => {
       await Promise.all(crowd.map((peer, place) => peer.bytes(totals[place] ?? 0)));
     }
     expect(memory(server.process.pid, "VmHWM")).toBeLessThan(150 * 1024);
+  });
+
+  test("a crowd gets all long answers that it asks for at once, some a turn, and talk goes on", async () => {
+    const server = open();
+    const names = Array.from({ length: 250 }, (_, number) => "語".repeat(29) + (number + 100));
+    const crowd = await Promise.all(names.map((name) => enter(server, name)));
+    const [speaker, ...askers] = crowd;
+    if (!speaker) throw new Error();
+    for (const asker of askers) asker.send("/who\n/who\n/who\n"); // 6 MB for each round of answers
+    speaker.send("hello\n");
+    const answersBefore = [];
+    for (const asker of askers) {
+      const before: string[] = await asker.until(/hello$/);
+      answersBefore.push(before.filter((line) => line.includes(" people are here: ")).length);
+      let answers = answersBefore.at(-1) ?? 0;
+      while (answers < 3) if ((await asker.line())?.includes(" people are here: ")) answers++;
+    }
+    expect(Math.min(...answersBefore)).toBe(0);
+    expect(Math.max(...answersBefore)).toBe(1);
+  });
+
+  test("each of many who come at once gets a roster of its own", async () => {
+    const server = open();
+    const names = Array.from({ length: 300 }, (_, number) => "語".repeat(29) + (number + 100));
+    const crowd = await Promise.all(names.map(() => greeted(server)));
+    for (const [place, peer] of crowd.entries()) peer.send(`${names[place]}\n`);
+    const rosters = await Promise.all(crowd.map((peer) => peer.line()));
+    const sizes = rosters.map((roster) => roster?.match(/語+\d+/g)?.length ?? 0);
+    expect(sizes.sort((a, b) => a - b)).toEqual(names.map((_, place) => place));
+    expect(new Set(rosters).size).toBe(names.length);
+    const last = rosters.find((roster) => roster?.match(/語+\d+/g)?.length === names.length - 1);
+    expect(last).toStartWith(`* The room contains: ${names[0]}, ${names[1]}, `);
   });
 
   test("however many do not read what they ask for, it is bounded, and whoever holds most goes", async () => {

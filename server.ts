@@ -1199,11 +1199,10 @@ function sendToLeavers(server: Server, leavers: Client[]): void {
 function readOnAll(server: Server): void {
   // Iterate over a copy: a client may use up another slice.
   for (const client of [...server.sliced]) {
-    if (server.answered > MAX_ANSWERS) break;
+    if (server.answered > MAX_ANSWERS) break; // and the flush of these answers comes back here
     server.sliced.delete(client);
     readOn(server, client);
   }
-  if (server.sliced.size > 0) scheduleFlush(server, true);
 }
 
 /** The pieces of a client's own batch. From here on it gets the next batch as everybody else. */
