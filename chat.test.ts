@@ -805,6 +805,16 @@ describe("commands", () => {
     expect(await impostor.line()).toBe("[alice] hello");
   });
 
+  test.each(["\0", "\u200e", "\ufeff", "\x1b"])(
+    "%j before a slash makes a message of it, also when it is taken out",
+    async (invisible) => {
+      const [alice, bob] = (await enterAll(open(), "alice", "bob")) as [Peer, Peer];
+      alice.send(`${invisible}/quit\n${invisible}//\n/${invisible}who\n`);
+      expect(await bob.lines(2)).toEqual(["[alice] /quit", "[alice] //"]);
+      expect(await alice.line()).toBe(present("alice", "bob"));
+    },
+  );
+
   test("// says a line that begins with a slash", async () => {
     const server = open();
     const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];

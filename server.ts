@@ -41,7 +41,7 @@ const MAX_TYPED_NAME = 128; // UTF-16 code units, before anything looks at it
 
 // Batches, in bytes.
 const MAX_BATCH = 256 * KIB; // a batch of this size leaves at once
-const MAX_COPIES = 128 * MIB; // and so does one of which all clients together get as much
+const MAX_COPIES = 128 * MIB; // and so does one that is as large for all clients together
 const MAX_COPY = 64 * KIB; // a client's own batch is copied together up to this size
 const SLICE = 16 * KIB; // of lines and answers that are handled per client between two flushes
 const MAX_ANSWERS = 4 * MIB; // of answers and rosters for all clients between two flushes
@@ -134,15 +134,15 @@ class Server {
   newsNotBefore = 0; // ms; before then no flush for news of who comes and goes
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
   sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
-  answered = 0; // bytes of answers and rosters since the last flush
-  postponed: (() => void)[] = []; // FINs, removals and full queues that wait for their turn
+  answerBytes = 0; // of answers and rosters since the last flush
+  postponed: (() => void)[] = []; // for later turns: FINs, removals, queues with room in the kernel
 
   inputs = 0; // chunks and FINs so far, which shows whether more are coming
   paidUntil = -Infinity; // ms; see `Account`
   memoryUsed = 0; // bytes that wait to be read by clients, or came from them ahead of the rate
 
   directory: Person[] = []; // the people in the room, sorted by name
-  roster: Piece | null = null; // all names for a newcomer, but the newline; null while out of date
+  roster: Piece | null = null; // for a newcomer, without its newline; null while out of date
   whoAnswer: Parcel | null = null; // the answer to /who; likewise
 
   constructor(readonly options: ServerOptions) {}
@@ -150,14 +150,14 @@ class Server {
 
 /**
  * Where a connection is.
- * - connecting: not greeted yet. The TLS handshake goes on, or too many come from its address.
+ * - connecting: not greeted yet. The TLS handshake is under way, or too many come from its address.
  * - naming: greeted. Its first line will be its name.
  * - joined: in the room.
  * - closing: on its way out. It gets what is queued for it, then our FIN, then it is closed.
  */
 type Phase = "connecting" | "naming" | "joined" | "closing";
 
-/** One connection, from its greeting to its end. It is `socket.data` of its socket. */
+/** One connection, from accept to close. It is the `socket.data` of its socket. */
 class Client {
   phase: Phase = "connecting";
   endpoint = ""; // address and port, for the log
@@ -273,7 +273,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
 
     /**
      * Reads the files of the certificate again, for all who come from now on.
-     * @throws what Bun.listen throws: for a bad certificate before anything has changed
+     * @throws what Bun.listen throws; a bad certificate is found before anything changes
      */
     renewCertificate() {
       listen(0).stop(); // tries the certificate
@@ -288,10 +288,11 @@ export function startServer(options: Partial<ServerOptions> = {}) {
 
 /** Whether only this machine can connect to an address. */
 function isLoopback(host: string): boolean {
+  if (isIP(host) === 0) return host.toLowerCase() === "localhost";
+
   const loopback = new BlockList();
   loopback.addSubnet("127.0.0.0", 8);
   loopback.addAddress("::1", "ipv6");
-  if (isIP(host) === 0) return host.toLowerCase() === "localhost";
   return loopback.check(host, isIP(host) === 6 ? "ipv6" : "ipv4");
 }
 
@@ -306,8 +307,9 @@ function openFilesLimit(): number {
 // sees what nobody wrote, and names are judged, so that nobody is taken for somebody else.
 
 // DEL, C0 and C1 controls but tab, the line separators, what turns the direction of a text around
-// (Unicode UAX #9), and what cannot be seen and is no part of a script or an emoji: the BOM,
-// interlinear annotations and tags. Joiners and variation selectors are parts, so they stay.
+// (Unicode UAX #9), and invisible characters that can hide text: the BOM, interlinear annotations and
+// tags. Without tags the flags of England, Scotland and Wales become black flags; we accept that.
+// Joiners and variation selectors stay: scripts and all other emoji need them.
 const UNCLEAN =
   /[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
 
@@ -418,7 +420,10 @@ const LOOK_ALIKES = new Map(
     }),
 );
 
-/** A name as it is kept (Unicode UAX #15). Normalizing takes time that grows with its square. */
+/**
+ * A name as it is kept (Unicode UAX #15). A very long one becomes "", which is no name: to normalize
+ * it would take time that grows with the square of its length.
+ */
 function normalizeName(typed: string): string {
   return typed.length > MAX_TYPED_NAME ? "" : typed.normalize("NFKC");
 }
@@ -570,6 +575,11 @@ function findClient(server: Server, name: string): Client | undefined {
 }
 
 // --- The life of a client ----------------------------------------------------------------------
+// A client goes in one of three ways, and each of them ends in `handleClose`:
+//
+// - dismiss: it gets what was said so far, perhaps a last line, and then a FIN.
+// - drop: at once. What waits for it is lost, and the others hear why.
+// - cutOff: it is refused without a word, because too many are being refused.
 
 /** Takes in a new connection. Under TLS nothing can be said to it before the handshake. */
 export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
@@ -588,7 +598,7 @@ export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
   socket.setKeepAlive(true, KEEPALIVE);
 
   givePlace(server, client, host);
-  // The refused must not use up the descriptors, even if then the last ones miss the reason.
+  // The refused use descriptors, too. When they are many, the next ones are not told why.
   if (client.refusal && server.refusedCount > SPARE_SOCKETS / 2) cutOff(server, client);
   else if (!client.refusal && !takeArrival(server, client)) waitForArrival(client);
   else if (!tls) greetOrRefuse(server, client);
@@ -682,12 +692,12 @@ function refuse(server: Server, client: Client, event: RoomEvent, why: string): 
   logRefusal(server, client, `${why} It gave ${quote(event.name)}`);
 }
 
-/** A newcomer gets the roster at once. All that it hears of the room stands in the batch behind. */
+/** A newcomer gets the roster at once, and of the batch what comes after its own announcement. */
 function enterRoom(server: Server, client: Client, announcement: string): void {
   const others = server.roster ?? createRoster(server.room, client.id);
   server.roster = extendRoster(others, nameOf(server.room, client.id));
   sendTogether(server, client, [others, LINE_END]);
-  server.answered += others.end;
+  server.answerBytes += others.end;
   charge(server, client, COMING_AND_GOING);
 
   client.phase = "joined";
@@ -700,7 +710,7 @@ function enterRoom(server: Server, client: Client, announcement: string): void {
 const ROSTER = "* The room contains: ";
 const LINE_END = wholeOf(new Parcel(Buffer.from("\n")));
 
-/** All names but that of the newcomer, in order of coming. */
+/** All names but the newcomer's, in order of coming. */
 function createRoster(room: Room, newcomerId: number): Piece {
   const others = Array.from(room.people).filter(([clientId]) => clientId !== newcomerId);
   return wholeOf(new Parcel(Buffer.from(ROSTER + others.map(([, { name }]) => name).join(", "))));
@@ -753,7 +763,7 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
 
   const wasJoined = client.phase === "joined";
   if (wasJoined) {
-    takeFromBatch(server, client);
+    catchUp(client, server.batchBytes);
     server.leavers.push(client);
   }
   removeClient(server, client);
@@ -762,7 +772,7 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
   finishWriting(client);
 }
 
-/** Takes a client out of the room, if it is in it, and tells the others that it has left. */
+/** Marks a client as closing. If it was in the room, it leaves it, and the others are told. */
 export function removeClient(server: Server, client: Client, reason = ""): void {
   if (client.phase === "closing") return;
   client.phase = "closing";
@@ -793,7 +803,7 @@ function handleClose(server: Server, client: Client): void {
   const unreadLines = countLines(client.unread);
   discard(server, client);
   const reason = unreadLines > 0 ? ` (${unreadLines} or more lines unread)` : "";
-  // Until then it stands among the clients, and writes to its socket return -1.
+  // Until that turn it stays in the room, which is harmless: writes to its socket return -1.
   postpone(server, client, () => removeClient(server, client, reason));
 }
 
@@ -841,10 +851,14 @@ function sweep(server: Server): void {
 
   const now = performance.now();
   for (const client of server.connections.values()) {
-    if (isSlow(client, now)) drop(server, client, " (too slow)");
-    else if (now >= client.deadline) handleDeadline(server, client);
+    serve(server, client, () => checkClient(server, client, now));
   }
   dropGreediest(server);
+}
+
+function checkClient(server: Server, client: Client, now: number): void {
+  if (isSlow(client, now)) drop(server, client, " (too slow)");
+  else if (now >= client.deadline) handleDeadline(server, client);
 }
 
 function handleDeadline(server: Server, client: Client): void {
@@ -941,7 +955,7 @@ function readLines(server: Server, client: Client): void {
 
     // A full batch that left in the midst of its lines ends a slice, too: flushes take long.
     const isOver = client.sliceUsed > SLICE || server.flushes !== flushes;
-    if (isOver || (server.answered > MAX_ANSWERS && mayBeAnswered(client, bytes[start]))) {
+    if (isOver || (server.answerBytes > MAX_ANSWERS && mayBeAnswered(client, bytes[start]))) {
       holdBack(server, client, bytes.subarray(start));
       server.sliced.add(client);
       scheduleFlush(server, true);
@@ -950,7 +964,7 @@ function readLines(server: Server, client: Client): void {
     const wait = payForLine(server, client, end - start);
     if (wait > 0) {
       holdBack(server, client, bytes.subarray(start));
-      readOnIn(wait, server, client);
+      readOnAfter(wait, server, client);
       return;
     }
 
@@ -984,7 +998,7 @@ function readBeginning(server: Server, client: Client, beginning: Buffer): void 
   const wait = charge(server, client, ignored / IGNORED_BYTES_PER_UNIT);
   if (wait === 0) return;
   pause(client);
-  readOnIn(wait, server, client);
+  readOnAfter(wait, server, client);
 }
 
 /** Stops reading from a client. TCP in its turn holds back the sender. */
@@ -995,7 +1009,7 @@ function holdBack(server: Server, client: Client, rest: Buffer): void {
   pause(client);
 }
 
-function readOnIn(wait: number, server: Server, client: Client): void {
+function readOnAfter(wait: number, server: Server, client: Client): void {
   setTimeout(readOn, Math.max(wait, MIN_WAIT), server, client);
 }
 
@@ -1044,11 +1058,13 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
     return;
   }
 
-  const line = cleanText(bytes.toString("utf8", start, end));
-  if (line.startsWith("/") && !line.startsWith("//")) {
+  // The raw line decides: to take out an invisible character must not make a command of it.
+  const typed = bytes.toString("utf8", start, end);
+  const line = cleanText(typed);
+  if (typed.startsWith("/") && !typed.startsWith("//")) {
     runCommand(server, client, line);
   } else if (/\S/.test(line)) {
-    const text = line.startsWith("//") ? line.slice(1) : line;
+    const text = typed.startsWith("//") ? line.slice(1) : line;
     propose(server, client, { type: "say", clientId: client.id, text });
   }
 }
@@ -1073,7 +1089,7 @@ function countLines(bytes: Buffer): number {
 
 /** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
 export function broadcastMessage(server: Server, line: string, sender?: Client): void {
-  if (sender) takeFromBatch(server, sender);
+  if (sender) catchUp(sender, server.batchBytes);
   server.batch += line + "\n";
   server.batchBytes += Buffer.byteLength(line) + 1;
   if (sender) sender.ownBatchEnd = server.batchBytes;
@@ -1091,19 +1107,15 @@ function tell(server: Server, client: Client, line: string): void {
     return;
   }
 
-  const parts = takeFromBatch(server, client);
+  const parts = catchUp(client, server.batchBytes);
   const last = parts.at(-1);
   if (last && "text" in last) last.text += text;
   else parts.push({ text });
   scheduleFlush(server, true);
 }
 
-/** Gives a client a batch of its own, with all of the common batch up to here that it should get. */
-function takeFromBatch(server: Server, client: Client): Part[] {
-  return takeFromBatchUpTo(client, server.batchBytes);
-}
-
-function takeFromBatchUpTo(client: Client, end: number): Part[] {
+/** Gives a client a batch of its own, with all of the common batch up to `end` that it should get. */
+function catchUp(client: Client, end: number): Part[] {
   client.ownBatch ??= [];
   if (client.ownBatchEnd < end) client.ownBatch.push({ start: client.ownBatchEnd, end });
   client.ownBatchEnd = end;
@@ -1152,7 +1164,7 @@ function flush(server: Server): void {
   server.nextFlush = "none";
   server.flushes++;
   server.leavers = [];
-  server.answered = 0;
+  server.answerBytes = 0;
 
   const batch = wholeOf(new Parcel(Buffer.from(text)));
   for (const client of leavers) serve(server, client, () => queueLastBatch(server, client, batch));
@@ -1165,7 +1177,7 @@ function flush(server: Server): void {
 
   const now = performance.now();
   server.newsNotBefore = now + Math.min(now - started, MAX_NEWS_DELAY);
-  dropSlowReaders(server);
+  dropFullQueues(server);
   dropGreediest(server);
   if (server.sliced.size > 0) setImmediate(readOnAll, server); // the loop looks at others first
 }
@@ -1177,15 +1189,15 @@ function sendBatch(server: Server, client: Client, batch: Piece): void {
     return;
   }
 
-  takeFromBatchUpTo(client, batch.end);
+  catchUp(client, batch.end);
   sendTogether(server, client, takeOwnBatch(client, batch.parcel));
-  chargePrivates(client);
+  countPrivates(client);
 }
 
 /** What a leaver should still get waits in its queue until it has its turn. */
 function queueLastBatch(server: Server, client: Client, batch: Piece): void {
   for (const piece of takeOwnBatch(client, batch.parcel)) enqueue(server, client, piece);
-  chargePrivates(client);
+  countPrivates(client);
 }
 
 /** Sends the last bytes and our FIN to some leavers a turn: thousands at once would take long. */
@@ -1199,7 +1211,7 @@ function sendToLeavers(server: Server, leavers: Client[]): void {
 function readOnAll(server: Server): void {
   // Iterate over a copy: a client may use up another slice.
   for (const client of [...server.sliced]) {
-    if (server.answered > MAX_ANSWERS) break; // and the flush of these answers comes back here
+    if (server.answerBytes > MAX_ANSWERS) break; // and the flush of these answers comes back here
     server.sliced.delete(client);
     readOn(server, client);
   }
@@ -1297,7 +1309,7 @@ function release(server: Server, parcel: Parcel): void {
   if (parcel.entries === 0) server.memoryUsed -= parcel.bytes.length + PARCEL_OVERHEAD;
 }
 
-/** The kernel may have room again. Thousands whom it has room for must not stall the room, either. */
+/** The kernel may have room again. Postponed, because it may have room for thousands at once. */
 function handleDrain(server: Server, client: Client): void {
   postpone(server, client, () => sendQueue(server, client));
 }
@@ -1330,13 +1342,14 @@ function finishWriting(client: Client): void {
   client.socket.shutdown(); // end() would lose what the kernel has not sent yet
 }
 
-/** A slow reader may have a short queue for ever, and a long one for a while. */
+/** Whether a long queue has waited for too long. A short one may wait for ever. */
 function isSlow(client: Client, now: number): boolean {
   const [oldest] = client.queue;
   return oldest !== undefined && client.queued > SLOW_QUEUE && now - oldest.since > SLOW_AFTER;
 }
 
-function dropSlowReaders(server: Server): void {
+/** Drops those for whom too much waits, however short the time. */
+function dropFullQueues(server: Server): void {
   const slow = server.clients.filter((client) => client.queued > MAX_QUEUE);
   for (const client of slow) drop(server, client, " (too slow)");
 }
@@ -1406,7 +1419,7 @@ function sendHelp(server: Server, client: Client): void {
 function sendNames(server: Server, client: Client): void {
   server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server)));
   const parcel = server.whoAnswer;
-  takeFromBatch(server, client).push({ parcel });
+  catchUp(client, server.batchBytes).push({ parcel });
   scheduleFlush(server, true);
   chargeAnswer(server, client, parcel.bytes.length);
 }
@@ -1446,8 +1459,8 @@ function sendPrivate(server: Server, client: Client, rest: string): void {
   reader.ownPrivates.push({ sender: client, bytes: Buffer.byteLength(line) });
 }
 
-/** Private messages that wait in a queue count against their senders until they have been taken. */
-function chargePrivates(reader: Client): void {
+/** Counts private messages that still wait in the reader's queue against their senders. */
+function countPrivates(reader: Client): void {
   if (reader.ownPrivates.length === 0) return;
   const last = reader.queue.at(-1);
   if (last) {
@@ -1463,8 +1476,8 @@ function quit(server: Server, client: Client): void {
 
 // --- Budgets -----------------------------------------------------------------------------------
 // Work is paid for with time: a unit, which is about a short line, costs 1/rate of a second. Whoever
-// is ahead of the time waits, and loses nothing. What is paid for in advance keeps its place: so of
-// several clients with one budget each gets its turn.
+// is ahead of the time waits, and loses nothing. A line is charged when it begins to wait, so that
+// clients with a common budget take turns.
 
 /**
  * Charges a client for work, and its address where connections per address are limited.
@@ -1508,7 +1521,7 @@ function payForLine(server: Server, client: Client, bytes: number): number {
 /** Charges for an answer of so many bytes. It is not held back, but the next line is. */
 function chargeAnswer(server: Server, client: Client, bytes: number): void {
   client.sliceUsed += bytes;
-  server.answered += bytes;
+  server.answerBytes += bytes;
   charge(server, client, bytes / ANSWER_BYTES_PER_UNIT);
 }
 
@@ -1531,14 +1544,14 @@ function waitForArrival(client: Client): void {
   pause(client);
 }
 
-/** Once a second an address may greet one more connection. It is forgotten when it has all credit. */
+/** Once a second: greets one that waits, or gives back some credit, or forgets an idle address. */
 function sweepAddress(server: Server, address: Address): void {
   const [next] = address.waiting;
   if (next) {
     address.waiting.delete(next);
     next.deadline = performance.now() + LOBBY_DEADLINE;
     if (!server.options.tls) serve(server, next, () => greetOrRefuse(server, next));
-    readOn(server, next); // and with it goes on the TLS handshake
+    readOn(server, next); // under TLS this lets the handshake go on
   } else if (address.arrivals < MAX_ARRIVALS) {
     address.arrivals++;
   } else if (address.connections === 0 && address.paidUntil < performance.now() - BURST) {
@@ -1558,7 +1571,7 @@ function findAddress(server: Server, host: string): Address {
 
 /**
  * What counts as one address: an IPv4 address, also in its IPv6 form (RFC 4291, section 2.5.5.2), or
- * the first 64 bits of an IPv6 address, because whoever has one of those has all of them (RFC 6177).
+ * the first 64 bits of an IPv6 address, because a site has all of a /64 at least (RFC 6177).
  */
 export function addressKey(host: string): string {
   const [, ipv4] = /^::ffff:(\d+\.\d+\.\d+\.\d+)$/i.exec(host) ?? [];
@@ -1606,7 +1619,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   for (const client of server.connections.values()) client.socket.terminate();
 }
 
-/** The FIN, and the notice for those who are not in the room. The others leave as well: no word. */
+/** Tells those outside of the room, too, and sends the FIN. Nobody leaves: the room does. */
 function sayGoodbye(server: Server, client: Client): void {
   const canRead =
     client.phase === "naming" || (client.phase === "connecting" && !server.options.tls);
@@ -1640,7 +1653,7 @@ Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
 
 ${OPTIONS.map(([name, value, help]) => `  --${name} ${value}`.padEnd(25) + help).join("\n")}`;
 
-/** The program: reads the options, opens the room, and minds the signals. @throws as they do */
+/** Reads the options, opens the room and handles signals. @throws what the first two throw */
 export function main(): void {
   const { quiet, ...options } = readOptions();
   const print = createPrinter(process.stdout);
@@ -1651,12 +1664,17 @@ export function main(): void {
   if (server.maxClients < options.maxClients)
     print(`At most ${server.maxClients} clients: more would need more open files (ulimit -n).`);
 
+  let isEnding = false;
+
   function shutDown(exitCode: number): void {
-    // The second signal ends the process at once, as it does where nobody listens to it.
-    process.removeAllListeners("SIGINT").removeAllListeners("SIGTERM");
-    process.removeAllListeners("SIGHUP").on("SIGHUP", () => {}); // renewing would listen again
-    print("Server is shutting down");
     process.exitCode = exitCode;
+    if (isEnding) return; // an error on the way out
+    isEnding = true;
+
+    // The second signal ends the process at once, as it does where nobody listens to it.
+    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.removeAllListeners(signal);
+    if (options.tls) process.on("SIGHUP", () => {}); // too late to renew the certificate
+    print("Server is shutting down");
     // Output that nobody reads may hold up the end, but not for ever.
     const exit = () => setTimeout(process.exit, 400).unref();
     server.stop().then(exit, failAgain);
@@ -1709,6 +1727,7 @@ function readOptions() {
     console.log(help ? USAGE : `bun-chat server ${VERSION}`);
     process.exit(0);
   }
+  if (host === "") throw new TypeError("--host takes an address");
   if ((cert === undefined) !== (key === undefined))
     throw new TypeError("--tls-cert and --tls-key go together");
 
@@ -1723,7 +1742,7 @@ function readOptions() {
   }
 
   return {
-    host: `${host || DEFAULTS.host}`,
+    host: `${host ?? DEFAULTS.host}`,
     port: readInteger("port", 0, 65_535, DEFAULTS.port),
     rate: readInteger("rate", 0, 1_000_000, DEFAULTS.rate),
     maxClients: readInteger("max-clients", 1, 1_000_000, DEFAULTS.maxClients),
@@ -1750,7 +1769,7 @@ const PROBLEMS: readonly { code: RegExp; advice: string }[] = [
   },
 ];
 
-/** What to tell a person. A TypeError is about the options, or about a file of them that is empty. */
+/** What to tell a person. A TypeError means bad options, or an empty certificate or key file. */
 function explain(error: unknown): string {
   const { code, path, message } = error as NodeJS.ErrnoException;
   if (error instanceof TypeError) {
