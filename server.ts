@@ -79,8 +79,8 @@ const MIN_WAIT = 100; // ms; the least that a fast sender is held back
 
 // What all people together may say, so that a reader who takes 8 Mbit/s keeps up with any number.
 const ROOM_RATE = 768 * KIB; // bytes a second
-const ROOM_BURST = 5_000; // ms' worth of them at once
-const LINE_OVERHEAD = 40; // bytes of a line besides its text: the name, for instance
+const ROOM_BURST = 2_000; // ms' worth of them at once
+const LINE_OVERHEAD = 30; // bytes of a line besides its text and names
 
 // Where connections per address are limited, all of one address have a common budget.
 const DEFAULT_MAX_PER_ADDRESS = 64;
@@ -88,6 +88,7 @@ const ADDRESS_SHARE = 4; // times the rate of one connection
 const MAX_ARRIVALS = 20; // new connections of one address at once; then one a second
 
 // The event loop.
+const TURN = 10; // ms that lines may take in one turn, before others have theirs
 const IDLE_TURNS = 8; // without news from any socket, after which a batch leaves
 const CLIENTS_PER_TURN = 256; // that leave, or get what has waited, in one turn
 
@@ -134,6 +135,7 @@ class Server {
   newsNotBefore = 0; // ms; before then no flush for news of who comes and goes
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
   sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
+  turnDeadline = 0; // ms; what comes later waits for the next turn; 0 between turns
   answerBytes = 0; // of answers and rosters since the last flush
   postponed: (() => void)[] = []; // for later turns: FINs, removals, queues with room in the kernel
 
@@ -173,6 +175,7 @@ class Client {
   sliceUsed = 0; // bytes of its lines, and of the answers to them, since the last flush
   ignored = 0; // bytes that it has sent on its way out
   paidUntil = performance.now() - NEWCOMER_BURST; // ms; see `Account`
+  share: Account = { paidUntil: -Infinity }; // of what the room may hear
 
   // null: it gets the whole batch. Otherwise it gets these parts, and then the batch from `ownBatchEnd`.
   ownBatch: Part[] | null = null;
@@ -428,6 +431,10 @@ function normalizeName(typed: string): string {
   return typed.length > MAX_TYPED_NAME ? "" : typed.normalize("NFKC");
 }
 
+function isName(name: string): boolean {
+  return NAME_PATTERN.test(name.replace(JOINERS, ""));
+}
+
 /** Two names with the same folded form are the same: ALICE and alice, Straße and STRASSE. */
 function foldName(name: string): string {
   const letters = name.replace(JOINERS, "").normalize("NFKC");
@@ -536,8 +543,11 @@ function applyJoin(room: Room, event: { clientId: number; name: string }): Outco
   };
 }
 
+/** Somebody with a name, or with something that is none, and then has no keys. */
 function createPerson(typedName: string): Person {
   const name = normalizeName(typedName);
+  if (!isName(name)) return { name, sortKey: "", keys: [] }; // it may be long, and keys take time
+
   const sortKey = foldName(name).normalize("NFD"); // é stands between e and f
   return { name, sortKey, keys: nameKeys(name) };
 }
@@ -553,8 +563,8 @@ function releaseKeys(room: Room, person: Person): void {
 
 /** Why a client cannot be called so, or null if it can. */
 function refusePerson(room: Room, clientId: number, { name, keys }: Person): string | null {
+  if (!isName(name)) return NAME_RULE;
   const letters = name.replace(JOINERS, "");
-  if (!NAME_PATTERN.test(letters)) return NAME_RULE;
   if (!ONE_SCRIPT.test(letters) || TOO_MANY_MARKS.test(letters)) return SCRIPT_RULE;
   if (name === room.people.get(clientId)?.name) return `* You are called ${name} already.`;
 
@@ -954,7 +964,7 @@ function readLines(server: Server, client: Client): void {
     const end = newline > start && bytes[newline - 1] === RETURN ? newline - 1 : newline;
 
     // A full batch that left in the midst of its lines ends a slice, too: flushes take long.
-    const isOver = client.sliceUsed > SLICE || server.flushes !== flushes;
+    const isOver = client.sliceUsed > SLICE || server.flushes !== flushes || isTurnOver(server);
     if (isOver || (server.answerBytes > MAX_ANSWERS && mayBeAnswered(client, bytes[start]))) {
       holdBack(server, client, bytes.subarray(start));
       server.sliced.add(client);
@@ -975,6 +985,20 @@ function readLines(server: Server, client: Client): void {
   readBeginning(server, client, bytes.subarray(start));
   detach(bytes);
   if (client.finReceived && !client.heldBack) dismiss(server, client);
+}
+
+/** Whether the lines of this turn, which begins with the first of them, have taken long enough. */
+function isTurnOver(server: Server): boolean {
+  const now = performance.now();
+  if (server.turnDeadline === 0) {
+    server.turnDeadline = now + TURN;
+    setImmediate(endTurn, server);
+  }
+  return now > server.turnDeadline;
+}
+
+function endTurn(server: Server): void {
+  server.turnDeadline = 0;
 }
 
 /** Whether a line with this first byte may get a long answer, of all names for instance. */
@@ -1207,14 +1231,19 @@ function sendToLeavers(server: Server, leavers: Client[]): void {
   if (leavers.length > 0) setImmediate(sendToLeavers, server, leavers);
 }
 
-/** Reads on from clients that had used up a slice, the first one first. */
+/** Reads on from clients that had used up a slice, the first one first, in a turn of their own. */
 function readOnAll(server: Server): void {
+  server.turnDeadline = 0;
+
   // Iterate over a copy: a client may use up another slice.
   for (const client of [...server.sliced]) {
-    if (server.answerBytes > MAX_ANSWERS) break; // and the flush of these answers comes back here
+    if (server.answerBytes > MAX_ANSWERS || isTurnOver(server)) break;
     server.sliced.delete(client);
     readOn(server, client);
   }
+
+  server.turnDeadline = 0; // others may have sent something in the meantime
+  if (server.sliced.size > 0) scheduleFlush(server, true); // which comes back here
 }
 
 /** The pieces of a client's own batch. From here on it gets the next batch as everybody else. */
@@ -1512,8 +1541,12 @@ function payForLine(server: Server, client: Client, bytes: number): number {
 
   const length = Math.min(bytes, MAX_LINE);
   const ownWait = charge(server, client, 1 + Math.floor(length / BYTES_PER_UNIT));
-  const roomWait = spend(server, length + LINE_OVERHEAD, ROOM_RATE, ROOM_BURST);
-  const wait = Math.max(ownWait, roomWait);
+  // Two names: a new one after /nick, for instance.
+  const heard = length + 2 * Buffer.byteLength(nameOf(server.room, client.id)) + LINE_OVERHEAD;
+  const share = ROOM_RATE / Math.max(1, server.clients.length);
+  const isBeyondShare = spend(client.share, heard, share, ROOM_BURST) > 0;
+  const roomWait = spend(server, heard, ROOM_RATE, ROOM_BURST);
+  const wait = Math.max(ownWait, isBeyondShare ? roomWait : 0); // the others need not wait for it
   client.linePaid = wait > 0;
   return wait;
 }
@@ -1606,6 +1639,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   for (const client of server.clients) {
     const late = countLines(client.unread);
     if (late > 0) tell(server, client, `* Your last lines came too late: ${late} or more.`);
+    else if (client.heldBack) tell(server, client, "* Your last lines may have come too late.");
   }
   broadcastMessage(server, SHUTDOWN);
   flush(server);
