@@ -1438,7 +1438,7 @@ describe("bun server.ts", () => {
     const { version } = await Bun.file(`${import.meta.dir}/package.json`).json();
     const program = new Program("./server.ts", "--version");
     expect(await program.exited).toBe(0);
-    expect(program.output).toBe(`bun-chat server ${version}\n`);
+    expect(program.output).toBe(`bun-chat ${version}\n`);
   });
 });
 

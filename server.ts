@@ -1758,7 +1758,7 @@ function readOptions() {
   });
   const { host, quiet, help, version, "tls-cert": cert, "tls-key": key } = values;
   if (help || version) {
-    console.log(help ? USAGE : `bun-chat server ${VERSION}`);
+    console.log(help ? USAGE : `bun-chat ${VERSION}`);
     process.exit(0);
   }
   if (host === "") throw new TypeError("--host takes an address");
