@@ -1,108 +1,220 @@
 /**
- * The promises of server.ts and client.ts, each over real sockets: the server runs in this process
- * on a port of its own, its peers are raw sockets where the rule is about bytes and `client.ts`
- * where it is about people. Nothing here sleeps: a test awaits what must come, and fails by timeout
- * when it does not.
+ * The tests of server.ts and client.ts.
+ *
+ *     bun test                         runs all of them
+ *     bun test -t "slow reader"        runs those whose name contains these words
+ *
+ * Everything goes over real sockets, on ports that the system picks. A test of the room runs the
+ * server in this process and talks to it with bare sockets (`Peer`). A test of a program starts that
+ * program, in a pipe (`inPipe`) or in a pseudo-terminal (`inTerminal`), and the server of a client is
+ * a foreign one (`budgetChat`), so that the client does not rest on ours.
+ *
+ * A test does not sleep but awaits what must come, and fails by its deadline when it does not come.
+ * Where minutes must pass, they pass at once, by `jest.useFakeTimers()`. Tests of programs run at the
+ * same time, in groups (`describe.concurrent`), because a program takes a while to start.
+ *
+ * Contents:
+ *   1. An example
+ *   2. Helpers: waiting, rooms, peers, programs, a foreign server, a screen, certificates
+ *   3. Text and names
+ *   4. The room
+ *   5. The protocol: joining, messages, framing, commands, leaving
+ *   6. Slow, fast and many
+ *   7. Budgets and addresses
+ *   8. Shutdown
+ *   9. The server program
+ *  10. The client in a terminal
+ *  11. The client in a pipe
+ *  12. TLS
+ *  13. Faults
  */
 
 import {
   afterAll,
   afterEach,
-  beforeAll,
   beforeEach,
   describe,
   expect,
   jest,
   mock,
-  spyOn,
+  setDefaultTimeout,
   test,
 } from "bun:test";
-import { EventEmitter, once } from "node:events";
-import {
-  copyFileSync,
-  mkdtempSync,
-  openSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
+import { once } from "node:events";
+import fs from "node:fs";
 import { createConnection } from "node:net";
 import { tmpdir } from "node:os";
-import { dirname } from "node:path";
-import { PassThrough, Writable } from "node:stream";
-import type { Socket } from "bun";
+import type { Socket, TCPSocketListener } from "bun";
+import {
+  classify,
+  cleanText as cleanTextOfClient,
+  complete,
+  createEditor,
+  cutRows,
+  PACE,
+  receiveMessages,
+  shortenRoster,
+  splitLines,
+  wrapText,
+} from "./client.ts";
 import type { RoomEvent, ServerOptions } from "./server.ts";
 
-// --- A process that is not one -----------------------------------------------------------------
-// Most tests of the programs run them as people do, in processes of their own, where no coverage is
-// measured. So a few run `main` here, in a process of straw with a terminal that a test can type in.
+// --- 1. An example -----------------------------------------------------------------------------
 
-class Exit extends Error {
-  constructor(readonly code: number) {
-    super(`exit ${code}`);
+describe("an example", () => {
+  test("what one person says is heard by the others", async () => {
+    // A room in this process, on a free port. It is closed after the test.
+    const room = open();
+
+    // Two connections. Each has given a name, and has read all that it was told until now.
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+
+    // A peer sends bytes, so a line needs its newline.
+    alice.send("hello\n");
+
+    // `line` waits for the next line. If none comes, the test fails after a while.
+    expect(await bob.line()).toBe("[alice] hello");
+
+    // To show that something is not heard, let something follow that is: lines keep their order.
+    bob.send("hi alice\n");
+    expect(await alice.line()).toBe("[bob] hi alice");
+  });
+});
+
+// --- 2. Helpers --------------------------------------------------------------------------------
+
+/** `count` things, made from their numbers. */
+function times<T>(count: number, make: (number: number) => T): T[] {
+  return Array.from({ length: count }, (_, number) => make(number));
+}
+
+/** "user0", "user1" and so on, for names. */
+function called(name: string, count: number): string[] {
+  return times(count, (number) => `${name}${number}`);
+}
+
+/** "line 0", "line 1" and so on, as `by` says them. */
+function numbered(count: number, by = ""): string[] {
+  return times(count, (number) => `${by && `[${by}] `}line ${number}`);
+}
+
+/** Lines as they are sent. */
+function toText(lines: readonly string[]): string {
+  return lines.map((line) => `${line}\n`).join("");
+}
+
+/** Numbers from 0 up to a limit, the same on every run (mulberry32). */
+function randomNumbers(seed: number): (limit: number) => number {
+  return (limit) => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(seed ^ (seed >>> 15), seed | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return ((mixed ^ (mixed >>> 14)) >>> 0) % limit;
+  };
+}
+
+/** What the kernel says about a process, in KiB: VmRSS is its memory now, VmHWM at its highest. */
+function memory(pid: number, field: "VmRSS" | "VmHWM"): number {
+  const status = fs.readFileSync(`/proc/${pid}/status`, "latin1");
+  return Number(status.match(new RegExp(`${field}:\\s+(\\d+) kB`))?.[1] ?? NaN);
+}
+
+const cleanups: (() => unknown)[] = []; // run after each test, the last one first
+let running = 0; // tests; those of a `describe.concurrent` are cleaned up after together
+
+beforeEach(() => {
+  running++;
+});
+
+afterEach(async () => {
+  if (--running > 0) return;
+  jest.useRealTimers();
+  while (cleanups.length > 0) await cleanups.pop()?.();
+});
+
+// --- Waiting
+
+/** Something that changes, and a way to wait for what it should become. */
+class Watched {
+  private changed = Promise.withResolvers<void>();
+
+  protected change(): void {
+    this.changed.resolve();
+    this.changed = Promise.withResolvers();
+  }
+
+  /** Waits until `check` returns something, and resolves with it. */
+  async when<T>(check: () => T | undefined): Promise<T> {
+    for (;;) {
+      const result = check();
+      if (result !== undefined) return result;
+      await this.changed.promise;
+    }
   }
 }
 
-function makeStraw() {
-  const stdin = Object.assign(new PassThrough(), {
-    isTTY: true,
-    isRaw: false,
-    setRawMode: (on: boolean) => void (stdin.isRaw = on),
-  });
-  const attempt = (act: () => void) => {
+setDefaultTimeout(15_000); // ms that a test may take, on a slow machine with others at the same time
+const DEADLINE = 14_000; // ms that a test waits for a text: less, so that it can tell what is missing
+
+/** A growing text: the output of a program, or what a server has heard. */
+class Transcript extends Watched {
+  text = "";
+  private seen = 0; // characters before the end of what `until` has found last
+
+  add(more: string): void {
+    this.text += more;
+    this.change();
+  }
+
+  async read(stream: ReadableStream<Uint8Array>): Promise<void> {
+    const decoder = new TextDecoder();
+    for await (const chunk of stream) this.add(decoder.decode(chunk, { stream: true }));
+  }
+
+  /** Waits for some text, behind what was found last. Resolves with the match of a pattern. */
+  async until(wanted: string | RegExp): Promise<RegExpExecArray> {
+    const pattern = typeof wanted === "string" ? new RegExp(RegExp.escape(wanted)) : wanted;
+    const match = await this.soon(
+      () => pattern.exec(this.text.slice(this.seen)) ?? undefined,
+      () => `no ${pattern} in ${JSON.stringify(this.text.slice(this.seen).slice(-2000))}`,
+    );
+    this.seen += match.index + match[0].length;
+    return match;
+  }
+
+  /** Like `when`, but gives up after a while, with an error that says what is missing. */
+  async soon<T>(check: () => T | undefined, missing: () => string): Promise<T> {
+    const late = Promise.withResolvers<never>();
+    const timer = setTimeout(() => late.reject(new Error(missing())), DEADLINE);
     try {
-      act();
-    } catch (error) {
-      if (!(error instanceof Error) || !error.message.startsWith("exit ")) throw error;
+      return await Promise.race([this.when(check), late.promise]);
+    } finally {
+      clearTimeout(timer);
     }
-  };
-  const terminal = new Writable({
-    decodeStrings: false,
-    write(chunk, _, done) {
-      straw.shown += chunk;
-      straw.emit("shown");
-      done();
-    },
-  });
-  const stdout = Object.assign(terminal, {
-    fd: openSync("/dev/null", "w"),
-    isTTY: true,
-    columns: 80,
-    rows: 24,
-    hasColors: () => true,
-    end: attempt,
-  });
-  const { env, report, nextTick, emitWarning, platform, version, versions } = process;
-  const straw = Object.assign(new EventEmitter(), {
-    ...{ env, report, nextTick, emitWarning, platform, version, versions, stdin, stdout },
-    stderr: new PassThrough(),
-    exitCode: 0,
-    shown: "",
-    exited: Promise.withResolvers<number>(),
-    running: false,
-    exit: (code = straw.exitCode): void => {
-      straw.exited.resolve(code);
-      if (straw.running) throw new Exit(code); // as nothing comes after an exit
-    },
-    kill: () => straw.emit("SIGCONT"), // a shell that brings it back to the foreground at once
-  });
-  return straw;
+  }
 }
 
-/** What the kernel knows of a connection, where a test cannot wait for a minute until it is true. */
+/** Lets the event loop do what it can do while no time passes. */
+async function turns(count: number): Promise<void> {
+  for (let turn = 0; turn < count; turn++) await new Promise((resolve) => setImmediate(resolve));
+}
+
+/** Lets fake time pass, and the event loop run. */
+async function pass(seconds: number): Promise<void> {
+  for (let tick = 0; tick < seconds * 10; tick++) {
+    jest.advanceTimersByTime(100);
+    await turns(1);
+  }
+}
+
+// --- Rooms: the server in this process
+
+/** What the kernel tells of a connection. A test can change it, for what takes a minute otherwise. */
 type TcpInfo = (fd: number, info: DataView, result: number) => void;
 
-// The client takes its streams when it is loaded, which is once, however often this file is run.
 declare global {
-  var strawProcess: ReturnType<typeof makeStraw> | undefined;
   var tcpInfo: TcpInfo | undefined;
 }
-const straw = (globalThis.strawProcess ??= makeStraw());
-const { stdin } = straw;
-const real = globalThis.process;
-const useStraw = () => void (globalThis.process = straw as unknown as NodeJS.Process);
-const useReal = () => void (globalThis.process = real);
 
 const { dlopen } = await import("bun:ffi");
 mock.module("bun:ffi", () => ({
@@ -117,29 +229,15 @@ mock.module("bun:ffi", () => ({
     return { symbols: { getsockopt } };
   },
 }));
-const {
-  addressKey,
-  apply,
-  cleanText,
-  Room,
-  startServer,
-  main: serverMain,
-} = await import("./server.ts");
+const { addressKey, apply, cleanText, Room, startServer } = await import("./server.ts");
 
-useStraw();
-const { main: clientMain, PACE, receiveMessages, splitLines } = await import("./client.ts");
-useReal();
+/** A server in this process; one with TLS tells what to trust. */
+type Server = ReturnType<typeof startServer> & { ca?: string };
 
-// --- A room and its peers ----------------------------------------------------------------------
-
-type Server = ReturnType<typeof startServer>;
-
-const servers = new Set<Server>();
-const peers = new Set<Peer>();
-
+/** Opens a room: without limits on the rate, and any exception in it fails the test. */
 function open(options: Partial<ServerOptions> = {}): Server {
   const server = startServer({ port: 0, rate: 0, logError: fail, ...options });
-  servers.add(server);
+  cleanups.push(() => server.stop());
   return server;
 }
 
@@ -147,2639 +245,670 @@ function fail(problem: string): never {
   throw new Error(problem);
 }
 
-afterEach(async () => {
-  globalThis.tcpInfo = undefined;
-  jest.useRealTimers();
-  for (const peer of peers) peer.socket.terminate();
-  peers.clear();
-  await Promise.all(Array.from(servers, (server) => server.stop()));
-  servers.clear();
-});
+/** Opens a room with TLS. */
+function openTls(options: Partial<ServerOptions> = {}): Server {
+  const tls = { cert: Bun.file(certificate.cert), key: Bun.file(certificate.key) };
+  return Object.assign(open({ tls, ...options }), { ca: certificate.ca });
+}
 
-/** Where a server is, and for one with TLS whom to trust. */
+const BOTH_WAYS = [
+  ["without TLS", open],
+  ["with TLS", openTls],
+] as const;
+
+/** Opens a room whose log, with each port as PORT, and whose errors a test reads. */
+function openLogged(options: Partial<ServerOptions> = {}, openRoom = open) {
+  const log: string[] = [];
+  const problems: string[] = [];
+  const room = openRoom({
+    log: (event) => log.push(event.replace(/:\d{4,5}\b/, ":PORT")),
+    logError: (problem) => problems.push(problem),
+    ...options,
+  });
+  cleanups.push(() => expect(problems).toHaveLength(0));
+  return { room, log, problems };
+}
+
+/** The names of those in the room, sorted. */
+function namesIn(server: Server): string[] {
+  return server.clients.map(({ name }) => name).toSorted();
+}
+
+/** Bytes that wait in the server for somebody in the room. */
+function queued(server: Server, name: string): number {
+  return server.clients.find((client) => client.name === name)?.queued ?? NaN;
+}
+
+/** File descriptors of the server's sockets, by name. */
+function descriptors(server: Server): Map<string, number> {
+  const clients = server.clients as unknown as { name: string; socket: { fd: number } }[];
+  return new Map(clients.map(({ name, socket }) => [name, socket.fd]));
+}
+
+const WELCOME = "Welcome to the chat! What is your name?";
+const NAME_RULE = "* A name is 1 to 32 letters and digits.";
+const SCRIPT_RULE = "* A name keeps to letters and digits of one script, with few accents.";
+const SHUTDOWN = "* The server is shutting down";
+const TOO_LONG = "* Your message was longer than 4096 bytes and was not sent.";
+const FULL = "* The server is full. Try again later.";
+const TOO_MANY = "* Too many connections from your address.";
+
+/** What `/who` answers. */
+function present(...names: string[]): string {
+  const are = names.length === 1 ? "person is" : "people are";
+  return `* ${names.length} ${are} here: ${names.join(", ")}`;
+}
+
+// --- Peers: bare sockets
+
+/** Where a server is, and for one with TLS what to trust. */
 type Address = { port: number; ca?: string | undefined };
 
-/** A connection of bare bytes, which reads lines and sends whatever it is told to. */
-class Peer {
-  received = Buffer.alloc(0);
+/** One end of a TCP connection. It sends whatever it is told to, and reads lines. */
+class Peer extends Watched {
+  name = "";
   total = 0; // bytes received
-  onlyCounts = false; // what comes is thrown away
-  secured = false; // the TLS handshake is done
-  ended = Promise.withResolvers<void>(); // a FIN has come
-  closed = Promise.withResolvers<Error | undefined>();
-  private unsent = Buffer.alloc(0);
-  private wake = () => {};
-  private wakeSender = () => {};
-  private open = true;
+  countsOnly = false; // what comes is counted and thrown away
+  isOpen = true; // no FIN has come yet
+  isSecured = false; // the TLS handshake is done
+  ended = Promise.withResolvers<void>(); // a FIN has come, or the connection is gone
+  closed = Promise.withResolvers<Error | undefined>(); // with an error if it was reset
 
-  private constructor(readonly socket: Socket<Peer>) {}
+  private unsent: Uint8Array = Buffer.alloc(0);
+  private decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  private received: string[] = []; // lines
+  private taken = 0; // of these lines
+  private beginning = ""; // of the next line
 
-  static async connect(server: Address): Promise<Peer> {
+  constructor(readonly socket: Socket<Peer>) {
+    super();
+  }
+
+  static async connect({ port, ca }: Address): Promise<Peer> {
     const socket = await Bun.connect<Peer>({
       hostname: "127.0.0.1",
-      port: server.port,
-      ...(server.ca && { tls: { ca: server.ca } }),
+      port,
+      ...(ca && { tls: { ca } }),
       allowHalfOpen: true,
       socket: {
         open: (socket) => void (socket.data = new Peer(socket)),
         handshake: ({ data: peer }) => {
-          peer.secured = true;
-          peer.send(""); // only now can anything be sent
+          peer.isSecured = true;
+          peer.send(""); // nothing could be sent before
         },
-        data: ({ data: peer }, chunk) => {
-          if (!peer.onlyCounts) peer.received = Buffer.concat([peer.received, chunk]);
-          peer.total += chunk.length;
-          peer.wake();
-        },
+        data: ({ data: peer }, chunk) => peer.receive(chunk),
         drain: ({ data: peer }) => peer.send(""),
-        end: ({ data: peer }) => peer.finish(),
-        close: ({ data: peer }, error) => {
-          peer.finish();
-          peer.closed.resolve(error);
-        },
+        end: ({ data: peer }) => peer.end(),
+        close: ({ data: peer }, error) => peer.close(error),
       },
     });
-    peers.add(socket.data);
+    cleanups.push(() => socket.terminate());
     return socket.data;
   }
 
-  private finish(): void {
-    this.open = false;
-    this.ended.resolve();
-    this.wake();
+  receive(chunk: Uint8Array): void {
+    this.total += chunk.length;
+    if (!this.countsOnly) {
+      const lines = this.decoder.decode(chunk, { stream: true }).split("\n");
+      lines[0] = this.beginning + lines[0];
+      this.beginning = lines.pop() ?? "";
+      for (const line of lines) this.received.push(line);
+    }
+    this.change();
   }
 
+  end(): void {
+    this.isOpen = false;
+    this.ended.resolve();
+    this.change();
+  }
+
+  close(error?: Error): void {
+    this.end();
+    this.closed.resolve(error);
+  }
+
+  /** Sends bytes, at once or as soon as the other side takes them. */
   send(bytes: string | Uint8Array): void {
     this.unsent = Buffer.concat([this.unsent, Buffer.from(bytes as Uint8Array)]);
-    if (this.unsent.length === 0) return;
-    this.unsent = this.unsent.subarray(Math.max(0, this.socket.write(this.unsent)));
-    if (this.unsent.length === 0) this.wakeSender();
+    if (this.unsent.length > 0)
+      this.unsent = this.unsent.subarray(Math.max(0, this.socket.write(this.unsent)));
+    this.change();
   }
 
-  /** Waits until all is sent that `send` was given. */
+  /** Whether the kernel has taken all that `send` was given. */
+  get isSent(): boolean {
+    return this.unsent.length === 0;
+  }
+
   async sent(): Promise<void> {
-    while (this.unsent.length > 0 && this.open)
-      await new Promise<void>((resolve) => (this.wakeSender = resolve));
+    await this.when(() => this.isSent || !this.isOpen || undefined);
   }
 
-  /** The next line, without its newline; null when the connection ends before one is whole. */
-  async line(): Promise<string | null> {
-    for (;;) {
-      const end = this.received.indexOf("\n");
-      if (end !== -1) {
-        const line = this.received.toString("utf8", 0, end);
-        this.received = this.received.subarray(end + 1);
-        return line;
-      }
-      if (!this.open) return null;
-      await new Promise<void>((resolve) => (this.wake = resolve));
+  /** A line that has come, without its newline; undefined when there is none yet. */
+  take(): string | undefined {
+    const line = this.received[this.taken++];
+    if (line === undefined) {
+      this.received = [];
+      this.taken = 0;
     }
+    return line;
   }
 
-  async lines(count: number): Promise<(string | null)[]> {
-    const lines = [];
+  /** The next line; null when the connection ends before there is one. */
+  async lineOrEnd(): Promise<string | null> {
+    return await this.when(() => this.take() ?? (this.isOpen ? undefined : null));
+  }
+
+  /** The next line. @throws when there is none */
+  async line(): Promise<string> {
+    const line = await this.lineOrEnd();
+    if (line === null) throw new Error(`the connection of ${this.name} has ended`);
+    return line;
+  }
+
+  /** The next lines. */
+  async lines(count: number): Promise<string[]> {
+    const lines: string[] = [];
     while (lines.length < count) lines.push(await this.line());
     return lines;
   }
 
-  /** Waits until so many bytes have come; an end before that is a failure. */
-  async bytes(total: number): Promise<void> {
-    while (this.total < total) {
-      if (!this.open) throw new Error(`ended after ${this.total} of ${total} bytes`);
-      await new Promise<void>((resolve) => (this.wake = resolve));
+  /** All lines before the next one like `last`, which is taken as well. */
+  async until(last: string | RegExp): Promise<string[]> {
+    const lines: string[] = [];
+    for (;;) {
+      const line = await this.line();
+      if (typeof last === "string" ? line === last : last.test(line)) return lines;
+      lines.push(line);
     }
   }
 
   /** All lines up to the end of the connection. */
   async rest(): Promise<string[]> {
-    const lines = [];
-    for (let line; (line = await this.line()) !== null;) lines.push(line);
+    const lines: string[] = [];
+    for (let line = await this.lineOrEnd(); line !== null; line = await this.lineOrEnd())
+      lines.push(line);
     return lines;
   }
 
-  /** All that has come until `last` does, without it. */
-  async until(last: string | RegExp): Promise<string[]> {
-    const lines = [];
-    for (;;) {
-      const line = await this.line();
-      if (line === last || (last instanceof RegExp && last.test(line ?? ""))) return lines;
-      if (line === null)
-        throw new Error(`ended before "${last}", after ${lines.length} lines, ${lines.at(-1)}`);
-      lines.push(line);
-    }
+  /** Waits until so many bytes have come. */
+  async bytes(total: number): Promise<void> {
+    await this.when(() => this.total >= total || !this.isOpen || undefined);
+    expect(this.total).toBeGreaterThanOrEqual(total);
+  }
+
+  /** Asks the server for an answer. What was sent before has been handled then; returns what came. */
+  async ping(): Promise<string[]> {
+    this.send("/ping\n");
+    return await this.until("* Unknown command /ping. Try /help.");
   }
 }
 
-const WELCOME = "Welcome to the chat! What is your name?";
-
+/** Connects, and reads the welcome. */
 async function greeted(server: Address): Promise<Peer> {
   const peer = await Peer.connect(server);
   expect(await peer.line()).toBe(WELCOME);
   return peer;
 }
 
-/** Enters the room; the roster is read. */
+/** Enters the room, and reads the roster. */
 async function enter(server: Address, name: string): Promise<Peer> {
   const peer = await greeted(server);
+  peer.name = name;
   peer.send(`${name}\n`);
   expect(await peer.line()).toStartWith("* The room contains: ");
   return peer;
 }
 
-/** Several enter, one after the other, and have heard of each other. */
-async function enterAll(server: Address, ...names: string[]): Promise<Peer[]> {
-  const room: Peer[] = [];
+/** Several enter, one after the other, and each has heard of those after it. */
+async function enterAll<const Names extends readonly string[]>(server: Address, ...names: Names) {
+  const peers: Peer[] = [];
   for (const name of names) {
     const peer = await enter(server, name);
-    for (const other of room) expect(await other.line()).toBe(`* ${name} has joined the chat`);
-    room.push(peer);
+    for (const other of peers) expect(await other.line()).toBe(`* ${name} has joined the chat`);
+    peers.push(peer);
   }
-  return room;
+  return peers as { -readonly [Place in keyof Names]: Peer };
 }
 
-/** Bytes that wait in the server for a client in the room. */
-function queued(server: Server, name: string): number {
-  return server.clients.find((client) => client.name === name)?.queued ?? NaN;
+/** Several enter at the same time. */
+async function enterTogether(server: Address, names: readonly string[]): Promise<Peer[]> {
+  return await Promise.all(names.map((name) => enter(server, name)));
 }
 
 /**
- * Talks until the server holds half a megabyte for a reader who does not read, which is below its
- * limit. Returns all that was said.
+ * One stops reading, and another talks until the server keeps `least` bytes for the slow one. Returns
+ * what was said, of which neither the slow one nor anybody else has read a line.
  */
-async function fillQueue(server: Server, speaker: Peer, reader: string): Promise<string[]> {
+async function lagBehind(server: Server, speaker: Peer, slow: Peer, least: number) {
+  slow.socket.pause();
   const said: string[] = [];
-  const text = "x".repeat(4000);
-  while (queued(server, reader) < 500_000) {
-    if (said.length > 12_500) throw new Error("the kernel takes more than 50 MB");
-    said.push(`${said.length} ${text}`);
-    speaker.send(`${said.at(-1)}\n/who\n`);
-    await speaker.line();
-  }
-  return said.map((line) => `[${server.clients[0]?.name}] ${line}`);
-}
-
-/** What a newcomer hears instead of the roster. The connection is closed after it. */
-async function refusal(server: Address, firstLine: string): Promise<string[]> {
-  const peer = await greeted(server);
-  peer.send(`${firstLine}\n`);
-  return await peer.rest();
-}
-
-const NAME_RULE = "* A name is 1 to 32 letters and digits.";
-const SCRIPT_RULE = "* A name keeps to letters and digits of one script, with few accents.";
-
-/** What `/who` answers. */
-function present(...names: string[]): string {
-  return `* ${names.length} ${names.length === 1 ? "person is" : "people are"} here: ${names.join(", ")}`;
-}
-
-// --- The server --------------------------------------------------------------------------------
-
-describe("joining", () => {
-  test("a newcomer hears the welcome, the roster and then the room; the room hears of them", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const carol = await greeted(server);
-    carol.send("carol\n");
-    expect(await carol.line()).toBe("* The room contains: alice, bob");
-    expect(await alice.line()).toBe("* carol has joined the chat");
-    expect(await bob.line()).toBe("* carol has joined the chat");
-    alice.send("hello\n");
-    expect(await carol.line()).toBe("[alice] hello");
-  });
-
-  test("the roster is right after others have come, gone and been renamed", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob", "carol")) as [Peer, Peer];
-    const roster = async (name: string) => {
-      const peer = await greeted(server);
-      peer.send(`${name}\n`);
-      return await peer.line();
-    };
-    expect(await roster("dave")).toBe("* The room contains: alice, bob, carol");
-    expect(await roster("erin")).toBe("* The room contains: alice, bob, carol, dave");
-    bob.send("/quit\n");
-    await alice.until("* bob has left the chat");
-    expect(await roster("frank")).toBe("* The room contains: alice, carol, dave, erin");
-    alice.send("/nick anna\n");
-    await alice.until("* alice is now called anna");
-    expect(await roster("grace")).toBe("* The room contains: anna, carol, dave, erin, frank");
-    expect(await roster("heidi")).toBe(
-      "* The room contains: anna, carol, dave, erin, frank, grace",
-    );
-  });
-
-  test("the first one is told that the room is empty", async () => {
-    const peer = await greeted(open());
-    peer.send("alice\n");
-    expect(await peer.line()).toBe("* The room contains: ");
-  });
-
-  test("who has not given a name hears nothing and is not heard of", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    const silent = await greeted(server);
-    alice.send("anybody?\n");
-    const bob = await enter(server, "bob");
-    expect(await alice.line()).toBe("* bob has joined the chat");
-    silent.socket.shutdown();
-    expect(await silent.rest()).toEqual([]);
-    bob.send("hi\n");
-    expect(await alice.line()).toBe("[bob] hi");
-  });
-
-  test("name and message in one packet: the room hears both in order, the newcomer neither", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    const bob = await greeted(server);
-    bob.send("bob\nhello\n/who\n");
-    expect(await bob.lines(2)).toEqual(["* The room contains: alice", present("alice", "bob")]);
-    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
-  });
-
-  test("many join in one turn of the event loop: each hears of the later ones only", async () => {
-    const server = open();
-    const names = Array.from({ length: 20 }, (_, number) => `user${number}`);
-    const crowd = await Promise.all(names.map(() => greeted(server)));
-    crowd.forEach((peer, number) => peer.send(`${names[number]}\n`));
-    const heard = await Promise.all(
-      crowd.map(async (peer) => {
-        const roster = (await peer.line())?.slice("* The room contains: ".length) ?? "";
-        const present = roster === "" ? 0 : roster.split(", ").length;
-        return [...roster.split(", "), ...(await peer.lines(names.length - 1 - present))];
-      }),
-    );
-    heard.forEach((lines, number) => {
-      const others = lines.map((line) => line?.replace(/^\* (.*) has joined the chat$/, "$1"));
-      expect(others.filter((name) => name !== "").toSorted()).toEqual(
-        names.filter((name) => name !== names[number]).toSorted(),
-      );
-    });
-    expect(server.clients.map((client) => client.name).toSorted()).toEqual(names.toSorted());
-  });
-});
-
-describe("names", () => {
-  test.each(["", " ", "two words", "dot.ted", "[x]", "*", "a".repeat(33), "bell\u0301!", "-dash"])(
-    "%j is refused, the connection closed, and nobody hears of it",
-    async (name) => {
-      const server = open();
-      const alice = await enter(server, "alice");
-      expect(await refusal(server, name)).toEqual([NAME_RULE]);
-      await enter(server, "bob");
-      expect(await alice.line()).toBe("* bob has joined the chat");
-    },
-  );
-
-  test.each([
-    ["a combining mark alone", "\u0301"],
-    ["a letter that cannot be seen", "\u3164"],
-    ["an invisible joiner", "bo\u034fb"],
-    ["a number that falls apart into a fraction", "\u00bd"],
-    ["emoji", "😀"],
-    ["invalid UTF-8", Buffer.from([0xff, 0xfe])],
-  ])("%s is refused", async (_, name) => {
-    const peer = await greeted(open());
-    peer.send(name);
-    peer.send("\n");
-    expect(await peer.rest()).toEqual([NAME_RULE]);
-  });
-
-  test.each(["a", "7", "a".repeat(32), "Алиса", "小明", "राम", "Zoë", "𝒜lice", "x1"])(
-    "%s is welcome",
-    async (name) => {
-      const server = open();
-      await enter(server, name);
-      expect(server.clients.map((client) => client.name)).toEqual([name.normalize("NFKC")]);
-    },
-  );
-
-  test.each([
-    ["good", "good"],
-    ["STRAẞE", "strasse"],
-    ["good", "GOOD"],
-    ["good", "ｇｏｏｄ"],
-    ["Straße", "STRASSE"],
-    ["Zoe\u0308", "ZOË"],
-    ["ΟΔΥΣΣΕΥΣ", "οδυσσευς"],
-  ])("while %s is here, %s is taken", async (held, wanted) => {
-    const server = open();
-    await enter(server, held);
-    expect(await refusal(server, wanted)).toEqual([
-      `* The name ${wanted.normalize("NFKC")} is taken.`,
-    ]);
-    expect(server.clients).toHaveLength(1);
-  });
-
-  test("a name is free at once when its owner leaves, also by reset", async () => {
-    const server = open();
-    const watcher = await enter(server, "watcher");
-    for (const leave of [
-      (peer: Peer) => void peer.socket.shutdown(),
-      (peer: Peer) => peer.send("/quit\n"),
-      (peer: Peer) => peer.socket.terminate(),
-    ]) {
-      const bob = await enter(server, "bob");
-      expect(await watcher.line()).toBe("* bob has joined the chat");
-      leave(bob);
-      expect(await watcher.line()).toBe("* bob has left the chat");
-    }
-    await enter(server, "bob");
-  });
-
-  test("an HTTP request is turned away, whatever follows it", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    const request = "POST / HTTP/1.1\r\nHost: 127.0.0.1:5555\r\n\r\nmallory\nhello from the web\n";
-    expect(await refusal(server, request)).toEqual([NAME_RULE]);
-    await enter(server, "bob");
-    expect(await alice.line()).toBe("* bob has joined the chat");
-  });
-});
-
-describe("messages", () => {
-  test("go to all but the sender, in one order: 50 messages of each of 5 to 40 clients", async () => {
-    const server = open();
-    const names = Array.from({ length: 40 }, (_, number) => `user${number}`);
-    const crowd = await enterAll(server, ...names);
-    const speakers = names.slice(0, 5);
-    for (let number = 0; number < 50; number++)
-      for (const [place] of speakers.entries()) crowd[place]?.send(`line ${number}\n`);
-    const heard = await Promise.all(crowd.slice(5).map((peer) => peer.lines(250)));
-    for (const lines of heard) expect(lines).toEqual(heard[0] ?? []);
-    for (const [place, speaker] of speakers.entries()) {
-      const own = heard[0]?.filter((line) => line?.startsWith(`[${speaker}] `));
-      expect(own).toEqual(Array.from({ length: 50 }, (_, number) => `[${speaker}] line ${number}`));
-      const others = heard[0]?.filter((line) => !line?.startsWith(`[${speaker}] `));
-      expect(await crowd[place]?.lines(200)).toEqual(others);
-    }
-  });
-
-  test("blank lines are no messages", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("\n\r\n   \n\t\nhello\n");
-    expect(await bob.line()).toBe("[alice] hello");
-  });
-
-  test("text arrives unharmed: blanks, tabs and every script", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const text =
-      "  two  spaces\tand a tab, 漢字, emoji 👩🏽‍🚀, \u05e9\u05dc\u05d5\u05dd, e\u0301 \u0645\u06cc\u200c\u0631\u0648\u0645 ";
-    alice.send(`${text}\r\n`);
-    expect(await bob.line()).toBe(`[alice] ${text}`);
-  });
-
-  test("controls, line separators and direction overrides are taken out", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    let controls = "";
-    for (let code = 0; code < 0xa0; code++)
-      if ((code < 0x20 || code >= 0x7f) && code !== 9 && code !== 10)
-        controls += String.fromCharCode(code);
-    alice.send(`a${controls}\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069b\n`);
-    expect(await bob.line()).toBe("[alice] ab");
-    alice.send("\u001b\u0007\u202e\n\u001b[2Jcleared?\n");
-    expect(await bob.line()).toBe("[alice] [2Jcleared?");
-  });
-
-  test("invalid UTF-8 becomes U+FFFD and harms nobody", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(Buffer.from([0x61, 0xff, 0x62, 0xe2, 0x82, 0x0a, 0x63, 0x0a]));
-    expect(await bob.lines(2)).toEqual(["[alice] a\ufffdb\ufffd", "[alice] c"]);
-  });
-
-  test("nobody can speak as somebody else or as the server", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("* carol has joined the chat\r[carol] hi\n\u2028* hm\n");
-    expect(await bob.lines(2)).toEqual([
-      "[alice] * carol has joined the chat[carol] hi",
-      "[alice] * hm",
-    ]);
-  });
-});
-
-describe("framing", () => {
-  test("a line byte by byte, its characters split", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    for (const byte of Buffer.from("héllo 漢 👍\r\n")) {
-      alice.send(Buffer.from([byte]));
-      // A round trip between two bytes, so that they come in packets of their own.
-      bob.send("/who\n");
-      const heard = await bob.until(present("alice", "bob"));
-      expect(heard).toEqual(byte === 10 ? ["[alice] héllo 漢 👍"] : []);
-    }
-  });
-
-  test("many lines in a packet, and a packet that ends in the middle of a line", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("one\ntwo\nthr");
-    expect(await bob.lines(2)).toEqual(["[alice] one", "[alice] two"]);
-    alice.send("ee\nfour\n");
-    expect(await bob.lines(2)).toEqual(["[alice] three", "[alice] four"]);
-  });
-
-  test("what stands behind the last newline was never a message", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("whole\nhalf");
-    alice.socket.shutdown();
-    expect(await bob.lines(2)).toEqual(["[alice] whole", "* alice has left the chat"]);
-  });
-
-  test.each([
-    ["\n", 4096],
-    ["\r\n", 4096],
-  ])("a line of 4096 bytes before %j goes through, one more does not", async (ending, limit) => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(`${"a".repeat(limit)}${ending}${"b".repeat(limit + 1)}${ending}short${ending}`);
-    expect(await bob.lines(2)).toEqual([`[alice] ${"a".repeat(limit)}`, "[alice] short"]);
-    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
-  });
-
-  test("a line of 3 MB is dropped, its sender told once, and the next line goes through", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("x".repeat(3_000_000));
-    alice.send("\nshort\n");
-    expect(await bob.line()).toBe("[alice] short");
-    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
-    alice.send("/who\n");
-    expect(await alice.line()).toBe(present("alice", "bob"));
-  });
-
-  test("a long line whose end comes by itself is not mistaken for a shorter one", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    for (const piece of ["x".repeat(4097), "x".repeat(900), "\r", "\n"]) {
-      alice.send(piece);
-      bob.send("/who\n");
-      expect(await bob.line()).toBe(present("alice", "bob"));
-    }
-    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
-    alice.send("short\n");
-    expect(await bob.line()).toBe("[alice] short");
-  });
-
-  test("any split of any bytes gives the same lines", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const bytes = Buffer.from("plain\r\n\n漢字 👍\n\u001b[1mbold\n" + "y".repeat(5000) + "\nend\n");
-    for (let size = 1; size < bytes.length; size = Math.ceil(size * 2.7)) {
-      for (let at = 0; at < bytes.length; at += size) {
-        alice.send(bytes.subarray(at, at + size));
-        if (bytes.length / size > 50) continue;
-        bob.send("/nick bob\n");
-        expect(await bob.until("* You are called bob already.")).toBeArray();
-      }
-      alice.send(`size ${size}\n`);
-      await bob.until(`[alice] size ${size}`);
-    }
-    // The same again, with nothing asked in between.
-    for (let size = 1; size < bytes.length; size = Math.ceil(size * 2.7)) {
-      for (let at = 0; at < bytes.length; at += size) alice.send(bytes.subarray(at, at + size));
-      expect(await bob.lines(4)).toEqual([
-        "[alice] plain",
-        "[alice] 漢字 👍",
-        "[alice] [1mbold",
-        "[alice] end",
-      ]);
-    }
-  });
-
-  test("a long line with a return at the limit is not mistaken for a shorter one", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("x".repeat(4096) + "\rhidden");
-    bob.send("/nick bob\n");
-    expect(await bob.line()).toBe("* You are called bob already.");
-    alice.send("\n");
-    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
-  });
-});
-
-describe("commands", () => {
-  test("/help lists them, for the one who asks", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("/help\n");
-    const lines = await alice.lines(6);
-    for (const [place, usage] of [
-      "/help",
-      "/who",
-      "/nick NAME",
-      "/msg NAME TEXT",
-      "/quit",
-    ].entries())
-      expect(lines[place]).toStartWith(`* ${usage} `);
-    expect(lines[5]).toStartWith("* //TEXT ");
-    alice.send("done\n");
-    expect(await bob.line()).toBe("[alice] done");
-  });
-
-  test("/who counts and names all who are here, in the order of the alphabet", async () => {
-    const server = open();
-    const [carol, bob] = (await enterAll(server, "carol", "bob", "Dave", "alice")) as [Peer, Peer];
-    bob.socket.shutdown();
-    await carol.until("* bob has left the chat");
-    carol.send("/WHO\n");
-    expect(await carol.line()).toBe(present("alice", "carol", "Dave"));
-  });
-
-  test("/who is right after any coming, going and renaming", async () => {
-    const server = open();
-    const random = randomNumbers(9);
-    const names = [
-      "Zoë",
-      "zoe",
-      "Ängström",
-      "angel",
-      "Ælfric",
-      "Ян",
-      "李",
-      "a1",
-      "a10",
-      "a2",
-      "Bob",
-      "éa",
-    ];
-    const alice = await enter(server, "alice");
-    const others = new Map<string, Peer>();
-    const [asker, witness] = [await enter(server, "asker"), alice];
-    for (let step = 0; step < 120; step++) {
-      const name = names[random(names.length)] ?? "";
-      const [old = "", peer] = Array.from(others)[random(others.size || 1)] ?? [];
-      if (!others.has(name) && step % 3 > 0) {
-        others.set(name, await enter(server, name));
-      } else if (!others.has(name) && peer) {
-        peer.send(`/nick ${name}\n`);
-        others.delete(old);
-        others.set(name, peer);
-        await witness.until(`* ${old} is now called ${name}`);
-      } else if (peer) {
-        peer.socket.terminate();
-        others.delete(old);
-        await witness.until(`* ${old} has left the chat`);
-      }
-      asker.send("/who\n");
-      const here = ["alice", "asker", ...others.keys()];
-      const key = (name: string) => name.toLowerCase().normalize("NFD");
-      await asker.until(present(...here.sort((a, b) => (key(a) < key(b) ? -1 : 1))));
-    }
-  });
-
-  test("/nick renames, and all hear of it", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("before\n/nick Ａnna\nafter\n");
-    expect(await bob.lines(3)).toEqual([
-      "[alice] before",
-      "* alice is now called Anna",
-      "[Anna] after",
-    ]);
-    expect(await alice.line()).toBe("* alice is now called Anna");
-    await enter(server, "alice");
-    bob.send("/who\n");
-    expect((await bob.lines(2))[1]).toBe(present("alice", "Anna", "bob"));
-  });
-
-  test("/nick to a taken, illegal or one's own name; in other case it is allowed", async () => {
-    const server = open();
-    const [alice] = (await enterAll(server, "alice", "bob")) as [Peer];
-    alice.send("/nick BOB\n/nick no!\n/nick\n/nick \n/nick alice\n/nick Alice\n/nick two words\n");
-    expect(await alice.lines(7)).toEqual([
-      "* The name BOB is taken.",
-      NAME_RULE,
-      "* Say it like this: /nick NAME",
-      "* Say it like this: /nick NAME",
-      "* You are called alice already.",
-      "* alice is now called Alice",
-      NAME_RULE,
-    ]);
-  });
-
-  test("/msg reaches two and nobody else, in its place among the other lines", async () => {
-    const log: string[] = [];
-    const server = open({ log: (event) => log.push(event) });
-    const [alice, bob, carol] = (await enterAll(server, "alice", "bob", "carol")) as [
-      Peer,
-      Peer,
-      Peer,
-    ];
-    alice.send("one\n/msg BOB  psst,  you \ntwo\n");
-    expect(await bob.lines(3)).toEqual(["[alice] one", "[alice -> bob] psst,  you", "[alice] two"]);
-    expect(await carol.lines(2)).toEqual(["[alice] one", "[alice] two"]);
-    expect(await alice.line()).toBe("[alice -> bob] psst,  you");
-    expect(log.join("\n")).toContain("one");
-    expect(log.join("\n")).not.toContain("psst");
-  });
-
-  test("/msg to oneself comes once; to nobody, or without text, is explained", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    alice.send("/msg alice note\n/msg nobody hi\n/msg alice\n/msg\n");
-    expect(await alice.lines(4)).toEqual([
-      "[alice -> alice] note",
-      "* Nobody here is called nobody.",
-      "* Say it like this: /msg NAME TEXT",
-      "* Say it like this: /msg NAME TEXT",
-    ]);
-  });
-
-  test.each([
-    ["bob", "b0b"],
-    ["Torn", "Tom"],
-    ["Lars", "Iars"],
-    ["paypal", "paypaI"],
-  ])("/msg %s does not reach %s", async (name, other) => {
-    const server = open();
-    const [alice, impostor] = (await enterAll(server, "alice", other)) as [Peer, Peer];
-    alice.send(`/msg ${name} a secret\nhello\n`);
-    expect(await alice.line()).toBe(`* Nobody here is called ${name}.`);
-    expect(await impostor.line()).toBe("[alice] hello");
-  });
-
-  test.each(["\0", "\u200e", "\ufeff", "\x1b"])(
-    "%j before a slash makes a message of it, also when it is taken out",
-    async (invisible) => {
-      const [alice, bob] = (await enterAll(open(), "alice", "bob")) as [Peer, Peer];
-      alice.send(`${invisible}/quit\n${invisible}//\n/${invisible}who\n`);
-      expect(await bob.lines(2)).toEqual(["[alice] /quit", "[alice] //"]);
-      expect(await alice.line()).toBe(present("alice", "bob"));
-    },
-  );
-
-  test("// says a line that begins with a slash", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("//etc/passwd\n///\n");
-    expect(await bob.lines(2)).toEqual(["[alice] /etc/passwd", "[alice] //"]);
-  });
-
-  test.each(["/foo", "/", "/constructor", "/__proto__"])("%s is unknown", async (command) => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(`${command} bar\nstill here\n`);
-    expect(await alice.line()).toBe(`* Unknown command ${command}. Try /help.`);
-    expect(await bob.line()).toBe("[alice] still here");
-  });
-
-  test("/quit gets what was said before, and nothing that it says afterwards is heard", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("/who\n/quit\nghost\n");
-    expect(await alice.rest()).toEqual([present("alice", "bob")]);
-    expect(await bob.line()).toBe("* alice has left the chat");
-    bob.send("/who\n");
-    expect(await bob.line()).toBe(present("bob"));
-  });
-});
-
-describe("leaving", () => {
-  test("by FIN: what was sent before is heard, then that they have left", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("bye\n");
-    alice.socket.end();
-    expect(await bob.lines(2)).toEqual(["[alice] bye", "* alice has left the chat"]);
-    expect(server.clients.map((client) => client.name)).toEqual(["bob"]);
-  });
-
-  test("by reset", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.socket.terminate();
-    expect(await bob.line()).toBe("* alice has left the chat");
-  });
-
-  test("half-closed: what is queued still comes, to the last byte", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    bob.socket.pause();
-    const said = await fillQueue(server, alice, "bob");
-    bob.socket.shutdown();
-    expect(await alice.line()).toBe("* bob has left the chat");
-    bob.socket.resume();
-    expect(await bob.rest()).toEqual(said);
-  });
-
-  test("joining and leaving in one packet", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    const bob = await Peer.connect(server);
-    bob.send("bob\nhi\n");
-    bob.socket.shutdown();
-    expect(await bob.rest()).toEqual([WELCOME, "* The room contains: alice"]);
-    expect(await alice.lines(3)).toEqual([
-      "* bob has joined the chat",
-      "[bob] hi",
-      "* bob has left the chat",
-    ]);
-  });
-
-  test("half of a crowd at once: the others lose no line and hear of each", async () => {
-    const server = open();
-    const names = Array.from({ length: 30 }, (_, number) => `user${number}`);
-    const crowd = await enterAll(server, ...names);
-    const [leavers, stayers] = [crowd.filter((_, i) => i % 2), crowd.filter((_, i) => i % 2 === 0)];
-    for (const [number, peer] of leavers.entries()) {
-      stayers[0]?.send(`line ${number}\n`);
-      peer.socket.terminate();
-    }
-    for (const peer of stayers.slice(1)) {
-      const lines = await peer.lines(30);
-      expect(lines.filter((line) => line?.startsWith("[user0] "))).toEqual(
-        leavers.map((_, number) => `[user0] line ${number}`),
-      );
-      expect(lines.filter((line) => line?.endsWith(" has left the chat")).toSorted()).toEqual(
-        names
-          .filter((_, i) => i % 2)
-          .map((name) => `* ${name} has left the chat`)
-          .toSorted(),
-      );
-    }
-    expect(server.clients).toHaveLength(15);
-  });
-
-  test("who is let go late still has a minute to read what is left", async () => {
-    jest.useFakeTimers();
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    jest.advanceTimersByTime(59_500);
-    bob.send("/quit\n");
-    expect(await alice.line()).toBe("* bob has left the chat");
-    await bob.ended.promise;
-    let closed = false;
-    void bob.closed.promise.then(() => (closed = true));
-    jest.advanceTimersByTime(10_000);
-    await enter(server, "carol");
-    expect(closed).toBe(false);
-  });
-});
-
-describe("a reader that does not read", () => {
-  /** Talks until so many have left the room; returns what a witness has heard. */
-  async function talkUntilGone(gone: number, speaker: Peer, witness: Peer) {
-    const text = "x".repeat(4000);
-    const heard: string[] = [];
-    // The kernel keeps some megabytes for each, the server one more; after 50 MB it must be over.
-    for (let sent = 0; sent < 12_500; sent++) {
-      speaker.send(`${sent} ${text}\n`);
-      const line = (await witness.line()) ?? "";
-      heard.push(line.slice(0, 60));
-      if (line.startsWith("* ") && --gone === 0) return { heard, sent: sent + 1 };
-    }
-    throw new Error("they are still there");
-  }
-
-  test("is dropped, and the others lose nothing", async () => {
-    const server = open();
-    const [alice, bob, carol] = await enterThree(server);
-    carol.socket.pause();
-    const { heard, sent } = await talkUntilGone(1, alice, bob);
-    expect(heard.pop()).toBe("* carol has left the chat (too slow)");
-    expect(heard.map((line) => line.split(" ")[1])).toEqual(heard.map((_, number) => `${number}`));
-    alice.send("done\n");
-    const rest = await bob.until("[alice] done");
-    expect(rest).toHaveLength(sent - heard.length);
-    expect(await alice.line()).toBe("* carol has left the chat (too slow)");
-    expect(server.clients.map((client) => client.name).toSorted()).toEqual(["alice", "bob"]);
-  });
-
-  test("two of them at once: who comes after them in the list loses nothing either", async () => {
-    const server = open();
-    const room = await enterAll(server, "alice", "carol", "dave", "bob");
-    const [alice, carol, dave, bob] = room as [Peer, Peer, Peer, Peer];
-    carol.socket.pause();
-    dave.socket.pause();
-    const { heard, sent } = await talkUntilGone(2, alice, bob);
-    alice.send("done\n");
-    const lines = [...heard, ...(await bob.until("[alice] done"))];
-    expect(lines.filter((line) => line.startsWith("* ")).toSorted()).toEqual([
-      "* carol has left the chat (too slow)",
-      "* dave has left the chat (too slow)",
-    ]);
-    expect(lines.filter((line) => line.startsWith("[")).map((line) => line.split(" ")[1])).toEqual(
-      Array.from({ length: sent }, (_, number) => `${number}`),
-    );
-  });
-
-  test("that comes back in time has lost nothing", async () => {
-    const server = open();
-    const [alice, bob, carol] = await enterThree(server);
-    carol.socket.pause();
-    const said = await fillQueue(server, alice, "carol");
-    carol.socket.resume();
-    expect(await carol.lines(said.length)).toEqual(said);
-    expect(await bob.lines(said.length)).toEqual(said);
-    alice.send("done\n");
-    expect(await carol.line()).toBe("[alice] done");
-  });
-
-  test("one batch that is larger than the limit costs nobody who has kept up", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "a".repeat(32), "bob")) as [Peer, Peer];
-    bob.socket.pause();
-    alice.send("x\n".repeat(200_000));
-    do {
-      alice.send("/who\n");
-      expect(await alice.line()).toBe(present("a".repeat(32), "bob"));
-    } while (queued(server, "bob") <= 1024 * 1024);
-    expect(server.clients).toHaveLength(2);
-  });
-});
-
-/** Lines that one who has just come in may say at once, at a rate of 10 lines a second. */
-const NEWCOMER_LINES = 16;
-
-describe("pacing", () => {
-  test("a paste of 250 lines arrives complete and in order, only slower", async () => {
-    jest.useFakeTimers();
-    const server = open({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(Array.from({ length: 250 }, (_, number) => `line ${number}\n`).join(""));
-    // A newcomer has two seconds' worth, less what its coming has cost.
-    for (let number = 0; number < NEWCOMER_LINES; number++)
-      expect(await bob.line()).toBe(`[alice] line ${number}`);
-    for (let second = 0; second < 23; second++) {
-      const first = NEWCOMER_LINES + second * 10;
-      bob.send("/nick bob\n");
-      expect(await bob.line()).toBe("* You are called bob already.");
-      for (let tick = 0; tick < 10; tick++) jest.advanceTimersByTime(100);
-      expect(await bob.lines(10)).toEqual(
-        Array.from({ length: 10 }, (_, number) => `[alice] line ${first + number}`),
-      );
-    }
-    jest.advanceTimersByTime(1000);
-    expect(await bob.lines(4)).toEqual(numbered("alice", 250).slice(-4));
-    alice.send("after the paste\n");
-    jest.advanceTimersByTime(1000);
-    expect(await bob.line()).toBe("[alice] after the paste");
-  });
-
-  test("who has said nothing for long may not say more than ten seconds' worth at once", async () => {
-    jest.useFakeTimers();
-    const server = open({ rate: 1 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    jest.advanceTimersByTime(50_000);
-    alice.send(Array.from({ length: 15 }, (_, number) => `line ${number}\n`).join(""));
-    await bob.until("[alice] line 9");
-    bob.send("/nick bob\n");
-    expect(await bob.line()).toBe("* You are called bob already.");
-  });
-
-  test("who pastes and half-closes is heard to the last line, and leaves then", async () => {
-    jest.useFakeTimers();
-    const server = open({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(Array.from({ length: 120 }, (_, number) => `line ${number}\n`).join("") + "half");
-    alice.socket.shutdown();
-    expect(await bob.lines(NEWCOMER_LINES)).not.toContain("* alice has left the chat");
-    for (let tick = 0; tick < 110; tick++) {
-      jest.advanceTimersByTime(100);
-      await new Promise((resolve) => setImmediate(resolve));
-    }
-    expect(await bob.lines(120 - NEWCOMER_LINES + 1)).toEqual([
-      ...numbered("alice", 120).slice(NEWCOMER_LINES),
-      "* alice has left the chat",
-    ]);
-  });
-
-  test("nobody waits for one who floods, and his reset loses him the rest", async () => {
-    jest.useFakeTimers();
-    const server = open({ rate: 10 });
-    const [alice, bob, carol] = await enterThree(server);
-    alice.send("flood\n".repeat(50_000));
-    await bob.lines(NEWCOMER_LINES);
-    carol.send("hi\n");
-    expect((await bob.lines(1))[0]).toBe("[carol] hi");
-    alice.socket.terminate();
-    expect(await bob.line()).toMatch(/^\* alice has left the chat \(\d+ or more lines unread\)$/);
-  });
-
-  test("a client that is held back is not read from: its flood stays with it", async () => {
-    jest.useFakeTimers();
-    const server = open({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const line = "x".repeat(400) + "\n";
-    let sent = 0;
-    const offer = () => {
-      for (let taken; sent < 64_000_000; sent += taken)
-        if ((taken = alice.socket.write(line.repeat(1000))) <= 0) return;
-    };
-    offer();
-    expect(await bob.lines(NEWCOMER_LINES)).toHaveLength(NEWCOMER_LINES);
-    // Time for the server to read all of it, if it did.
-    for (let turn = 0; turn < 200; turn++) {
-      bob.send("/nick bob\n");
-      if (turn < 8) expect(await bob.line()).toBe("* You are called bob already.");
-      else await new Promise((resolve) => setImmediate(resolve));
-      offer();
-    }
-    expect(sent).toBeLessThan(32_000_000);
-  });
-
-  test.each([
-    ["one that never ends its line", ""],
-    ["one that has left and goes on sending", "/quit\n"],
-  ])("%s is not read from without end", async (_, first) => {
-    jest.useFakeTimers();
-    const server = open({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(first);
-    const megabyte = Buffer.alloc(1_000_000, "x");
-    let sent = 0;
-    for (let turn = 0; turn < 400 && sent < 200_000_000; turn++) {
-      sent += Math.max(0, alice.socket.write(megabyte));
-      await new Promise((resolve) => setImmediate(resolve));
-    }
-    expect(sent).toBeLessThan(40_000_000);
-    const carol = await enter(server, "carol");
-    bob.send("hello\n");
-    await carol.until("[bob] hello");
-  });
-
-  test("short questions with long answers do not pile up the answers", async () => {
-    const server = await serve("--rate", "0", "--quiet");
-    const names = Array.from({ length: 300 }, (_, number) => `${number}`.padStart(32, "x"));
-    await Promise.all(names.map((name) => enter(server, name)));
-    const attacker = await enter(server, "attacker");
-    attacker.socket.pause();
-    const before = memory(server.process.pid, "VmRSS");
-    const witness = await enter(server, "witness");
-    attacker.send("/who\n".repeat(50_000));
-    for (let line: string | null = ""; !line?.startsWith("* attacker has left");)
-      if ((line = await witness.line()) === null) throw new Error("ended too early");
-    expect(memory(server.process.pid, "VmHWM") - before).toBeLessThan(64 * 1024);
-  });
-
-  test("rate 0 lets 20,000 lines through at once", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const lines = Array.from({ length: 20_000 }, (_, number) => `line ${number}`);
-    alice.send(lines.join("\n") + "\n");
-    expect(await bob.lines(20_000)).toEqual(lines.map((line) => `[alice] ${line}`));
-  });
-});
-
-describe("limits", () => {
-  test("a full server says so and closes; a place that becomes free is taken", async () => {
-    const server = open({ maxClients: 2 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const carol = await Peer.connect(server);
-    carol.send("carol\nhello\n");
-    expect(await carol.rest()).toEqual(["* The server is full. Try again later."]);
-    carol.socket.end();
-    bob.socket.end();
-    expect(await alice.line()).toBe("* bob has left the chat");
-    await enter(server, "dave");
-  });
-
-  test("who gives no name within 60 s is let go, and the names of the others stay", async () => {
-    jest.useFakeTimers();
-    const server = open();
-    const alice = await enter(server, "alice");
-    const silent = await greeted(server);
-    jest.advanceTimersByTime(59_000);
-    const late = await greeted(server);
-    jest.advanceTimersByTime(2_000);
-    expect(await silent.rest()).toEqual(["* You gave no name within a minute."]);
-    late.send("bob\n");
-    expect(await late.line()).toBe("* The room contains: alice");
-    expect(await alice.line()).toBe("* bob has joined the chat");
-  });
-
-  test("a stranger who gives no name and does not close loses the place all the same", async () => {
-    jest.useFakeTimers();
-    const server = open({ maxClients: 1 });
-    const stranger = await greeted(server);
-    jest.advanceTimersByTime(61_000);
-    expect(await stranger.line()).toBe("* You gave no name within a minute.");
-    await stranger.ended.promise;
-    jest.advanceTimersByTime(6_000);
-    await stranger.closed.promise;
-    await enter(server, "alice");
-  });
-
-  test("who is let go and does not close is cut off", async () => {
-    jest.useFakeTimers();
-    const server = open();
-    const peer = await greeted(server);
-    peer.send("no name!\n");
-    expect(await peer.line()).toBe(NAME_RULE);
-    await peer.ended.promise;
-    jest.advanceTimersByTime(61_000);
-    // The peer's half of the connection is still open: only a reset can have closed it.
-    expect(await peer.closed.promise).toBeInstanceOf(Error);
-  });
-});
-
-describe("shutdown", () => {
-  test("tells everybody, closes, and the port can be taken again at once", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const silent = await greeted(server);
-    const stopped = server.stop();
-    for (const peer of [alice, bob, silent]) {
-      expect(await peer.rest()).toEqual(["* The server is shutting down"]);
-      peer.socket.end();
-    }
-    await stopped;
-    await enter(open({ port: server.port }), "alice");
-  });
-
-  test("under load: what was sent before arrives, everywhere and complete", async () => {
-    const server = open();
-    const names = Array.from({ length: 50 }, (_, number) => `user${number}`);
-    const crowd = await enterAll(server, ...names);
-    for (const peer of crowd)
-      peer.send(Array.from({ length: 100 }, (_, number) => `line ${number}\n`).join(""));
-    const stopped = server.stop();
-    const heard = await Promise.all(crowd.map((peer) => peer.rest()));
-    for (const lines of heard) {
-      expect(lines).toHaveLength(49 * 100 + 1);
-      expect(lines.at(-1)).toBe("* The server is shutting down");
-    }
-    for (const peer of crowd) peer.socket.end();
-    await stopped;
-  });
-
-  test("a slow reader's queue is sent to its end", async () => {
-    const server = open();
-    const [alice, bob, carol] = await enterThree(server);
-    carol.socket.pause();
-    const said = await fillQueue(server, alice, "carol");
-    const stopped = server.stop();
-    const notice = "* The server is shutting down";
-    expect(await bob.rest()).toEqual([...said, notice]);
-    carol.socket.resume();
-    expect(await carol.rest()).toEqual([...said, notice]);
-    for (const peer of [alice, bob, carol]) peer.socket.end();
-    await stopped;
-  });
-
-  test("tells those whose lines were still held back how many are lost", async () => {
-    const server = open({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("flood\n".repeat(500));
-    await bob.lines(NEWCOMER_LINES);
-    const stopped = server.stop();
-    const [late, end] = await alice.rest();
-    expect(late).toMatch(/^\* Your last lines came too late: 100 or more\.$/);
-    expect(end).toBe("* The server is shutting down");
-    for (const peer of [alice, bob]) peer.socket.end();
-    await stopped;
-  });
-
-  test("who never reads or closes holds nothing up for longer than three seconds", async () => {
-    jest.useFakeTimers();
-    const server = open();
-    const alice = await enter(server, "alice");
-    alice.socket.pause();
-    let stopped = false;
-    const stopping = server.stop().then(() => (stopped = true));
-    let waited = 0;
-    for (; !stopped && waited < 10_000; waited += 5) {
-      jest.advanceTimersByTime(5);
-      await null;
-    }
-    expect(waited).toBeWithin(1_900, 2_100);
-    await stopping;
-  });
-
-  test("those who never stop sending do not hold it up", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    const flood = () => {
-      if (alice.socket.write("flood\n".repeat(100)) >= 0) setImmediate(flood);
-    };
-    flood();
-    void alice.ended.promise.then(() => alice.socket.terminate());
-    await server.stop();
-  });
-});
-
-test("several servers in one process share nothing", async () => {
-  const [one, other] = [open(), open()];
-  const alice = await enter(one, "alice");
-  await enter(other, "alice");
-  const bob = await enter(one, "bob");
-  expect(await alice.line()).toBe("* bob has joined the chat");
-  bob.send("hi\n");
-  expect(await alice.line()).toBe("[bob] hi");
-});
-
-// --- The server as a program -------------------------------------------------------------------
-
-/** A program with pipes for streams, whose output a test awaits. */
-class Program {
-  output = "";
-  problems = "";
-  private wake = () => {};
-  readonly process;
-  readonly exited: Promise<number>;
-
-  constructor(...command: string[]) {
-    this.process = Bun.spawn(command, {
-      cwd: import.meta.dir,
-      stdin: "pipe",
-      stdout: "pipe",
-      stderr: "pipe",
-      env: { ...process.env, TZ: "UTC" },
-    });
-    const out = this.read(this.process.stdout, (text) => (this.output += text));
-    const problems = this.read(this.process.stderr, (text) => (this.problems += text));
-    this.exited = Promise.all([this.process.exited, out, problems]).then(([code]) => code);
-    programs.add(this);
-  }
-
-  private async read(stream: ReadableStream<Uint8Array>, take: (text: string) => void) {
-    const decoder = new TextDecoder();
-    for await (const chunk of stream) {
-      take(decoder.decode(chunk, { stream: true }));
-      this.wake();
-    }
-  }
-
-  /** Waits until the standard output holds something like `pattern`, which it returns. */
-  async until(
-    pattern: RegExp,
-    stream: "output" | "problems" = "output",
-  ): Promise<RegExpMatchArray> {
-    for (;;) {
-      const match = this[stream].match(pattern);
-      if (match) return match;
-      await new Promise<void>((resolve) => (this.wake = resolve));
-    }
-  }
-}
-
-const programs = new Set<Program>();
-
-afterEach(() => {
-  for (const program of programs) program.process.kill("SIGKILL");
-  programs.clear();
-});
-
-/** Waits until a server listens, wherever that is. */
-async function listening(program: Program): Promise<Program & { port: number }> {
-  const [, port] = await program.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
-  return Object.assign(program, { port: Number(port) });
-}
-
-/** `bun server.ts` on a free port. */
-const serve = (...options: string[]) =>
-  listening(new Program(process.execPath, "server.ts", "--port", "0", ...options));
-
-/** The same by a command of bash. */
-const inShell = (command: string) => listening(new Program("bash", "-c", command));
-
-describe("bun server.ts", () => {
-  test("logs who comes, what is said and who goes, with the local time", async () => {
-    const server = await serve();
-    const alex = await enter(server, "Alex");
-    alex.send("Hello everyone!\n/nick Sasha\n/msg Sasha a secret\n");
-    alex.socket.shutdown();
-    await server.until(/Removing user/);
-    server.process.kill("SIGTERM");
-    expect(await server.exited).toBe(0);
-    const lines = server.output.trimEnd().split("\n");
-    for (const line of lines) expect(line).toMatch(/^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S/);
-    expect(lines.map((line) => line.slice(20).replace(/:\d{4,5}\b/, ":PORT"))).toEqual([
-      "Server is running on 127.0.0.1:PORT, waiting for connections...",
-      "New connection from 127.0.0.1:PORT",
-      "User Alex has joined the chat. From 127.0.0.1:PORT",
-      "Received message from Alex: Hello everyone!",
-      "User Alex is now called Sasha.",
-      "Removing user: Sasha from clients",
-      "Server is shutting down",
-    ]);
-  });
-
-  test("--quiet keeps only start and stop", async () => {
-    const server = await serve("--quiet");
-    const alex = await enter(server, "Alex");
-    alex.send("Hello everyone!\n/who\n");
-    await alex.line();
-    server.process.kill("SIGINT");
-    expect(await alex.rest()).toEqual(["* The server is shutting down"]);
-    alex.socket.end();
-    expect(await server.exited).toBe(0);
-    expect(server.output.trimEnd().split("\n")).toHaveLength(2);
-    expect(server.problems).toBe("");
-  });
-
-  test("a second signal ends it at once", async () => {
-    const server = await serve();
-    const alice = await enter(server, "alice");
-    alice.socket.pause(); // so that the first signal leaves it waiting
-    server.process.kill("SIGTERM");
-    await server.until(/Server is shutting down/);
-    server.process.kill("SIGTERM");
-    expect(await server.exited).toBe(143);
-  });
-
-  test("SIGHUP ends a room without TLS in good order", async () => {
-    const server = await serve();
-    const alice = await enter(server, "alice");
-    server.process.kill("SIGHUP");
-    expect(await alice.rest()).toEqual(["* The server is shutting down"]);
-    alice.socket.end();
-    expect(await server.exited).toBe(0);
-    expect(server.output).toContain("Server is shutting down");
-  });
-
-  test("options reach the room", async () => {
-    const server = await serve("--max-clients", "1", "--rate", "0");
-    const alice = await enter(server, "alice");
-    const bob = await Peer.connect(server);
-    expect(await bob.rest()).toEqual(["* The server is full. Try again later."]);
-    alice.send("/who\n".repeat(500));
-    expect(await alice.lines(500)).toHaveLength(500);
-  });
-
-  test.each([
-    [["--port", "banana"], 2, /^--port takes a number from 0 to 65535, not "banana"/],
-    [["--port", "65536"], 2, /^--port takes a number/],
-    [["--port"], 2, /^Option '--port <value>' argument missing/],
-    [["--rate", "-1"], 2, /^Option '--rate' argument is missing, or begins with -\./],
-    [["--max-clients", "0"], 2, /^--max-clients takes a number from 1/],
-    [["--foo"], 2, /^Unknown option '--foo'/],
-    [["foo"], 2, /^Unexpected argument 'foo'/],
-    [["--host", "192.0.2.1"], 1, /^This machine has no such address/],
-    [["--host", "no.such.host.invalid"], 1, /^This machine has no such address/],
-  ])("%j: one clear line, exit code %d", async (options, code, reason) => {
-    const program = new Program(process.execPath, "server.ts", ...options);
-    expect(await program.exited).toBe(code);
-    expect(program.problems).toMatch(reason);
-    expect(program.problems.trimEnd().split("\n")).toHaveLength(1);
-    expect(program.output).toBe("");
-  });
-
-  test("a port in use: one clear line, exit code 1, and the first server goes on", async () => {
-    const server = await serve();
-    const second = new Program(process.execPath, "server.ts", "--port", `${server.port}`);
-    expect(await second.exited).toBe(1);
-    expect(second.problems).toBe("The port is in use: choose another one with --port.\n");
-    await enter(server, "alice");
-  });
-
-  test("runs as ./server.ts; --help and --version say so and exit", async () => {
-    const help = new Program("./server.ts", "--help");
-    expect(await help.exited).toBe(0);
-    for (const option of ["--host", "--port", "--rate", "--max-clients", "--quiet", "--version"])
-      expect(help.output).toContain(`  ${option} `);
-    const { version } = await Bun.file(`${import.meta.dir}/package.json`).json();
-    const program = new Program("./server.ts", "--version");
-    expect(await program.exited).toBe(0);
-    expect(program.output).toBe(`bun-chat ${version}\n`);
-  });
-});
-
-// --- Certificates and what the tests below share -------------------------------------------------
-
-type Certificate = { cert: string; key: string; ca: string }; // two files, and the text of the first
-const folder = mkdtempSync(`${tmpdir()}/bun-chat-`);
-let certificate: Certificate;
-let renewed: Certificate;
-
-/** A certificate, self-signed unless told otherwise, made the way that the README tells. */
-async function makeCertificate(
-  name: string,
-  hosts = "DNS:localhost,IP:127.0.0.1",
-  signedBy: readonly string[] = [],
-): Promise<Certificate> {
-  const [cert, key] = [`${folder}/${name}-cert.pem`, `${folder}/${name}-key.pem`];
-  const made = Bun.spawn({
-    cmd: [
-      ...["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
-      ...["-nodes", "-days", "2", "-subj", `/CN=${name}`, "-keyout", key, "-out", cert],
-      ...["-addext", `subjectAltName=${hosts}`, ...signedBy],
-    ],
-    stderr: "ignore",
-  });
-  expect(await made.exited).toBe(0);
-  return { cert, key, ca: await Bun.file(cert).text() };
-}
-
-beforeAll(async () => {
-  [certificate, renewed] = await Promise.all([makeCertificate("first"), makeCertificate("second")]);
-});
-
-afterAll(() => rmSync(folder, { recursive: true }));
-
-/** A room with TLS, and what its peers need to trust it. */
-function openTls(options: Partial<ServerOptions> = {}): Server & { ca: string } {
-  const tls = { cert: Bun.file(certificate.cert), key: Bun.file(certificate.key) };
-  return Object.assign(open({ tls, ...options }), { ca: certificate.ca });
-}
-
-/** Sends much, as fast as the other side takes it, and waits until all is sent. */
-async function sendAll(peer: Peer, chunk: Uint8Array, times = 1): Promise<void> {
-  for (let time = 0; time < times; time++) {
-    peer.send(chunk);
-    await peer.sent();
-  }
-}
-
-/** What the kernel says about a process, in KiB: VmRSS is its memory now, VmHWM at its highest. */
-function memory(pid: number, field: "VmRSS" | "VmHWM"): number {
-  const status = readFileSync(`/proc/${pid}/status`, "latin1");
-  return Number(status.match(new RegExp(`${field}:\\s+(\\d+) kB`))?.[1] ?? NaN);
-}
-
-/** The next line; an end of the connection is a failure. */
-async function next(peer: Peer): Promise<string> {
-  const line = await peer.line();
-  if (line === null) throw new Error("ended too early");
-  return line;
-}
-
-/** Numbers from 0 up to a limit, the same on every run (mulberry32). */
-function randomNumbers(seed: number): (limit: number) => number {
-  return (limit) => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(seed ^ (seed >>> 15), seed | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) % limit;
-  };
-}
-
-async function enterThree(server: Address): Promise<[Peer, Peer, Peer]> {
-  return (await enterAll(server, "alice", "bob", "carol")) as [Peer, Peer, Peer];
-}
-
-const numbered = (name: string, count: number) =>
-  Array.from({ length: count }, (_, number) => `[${name}] line ${number}`);
-
-/** Sees that everything still works for alice, who speaks, and one who listens. */
-async function stillServes(server: Address, alice: Peer, listener: Peer): Promise<void> {
-  alice.send("still there?\n");
-  await listener.until("[alice] still there?");
-  const late = await enter(server, "latecomer");
-  await listener.until("* latecomer has joined the chat");
-  late.socket.end();
-  await listener.until("* latecomer has left the chat");
-}
-
-describe("TLS", () => {
-  test("a chat, a private message, a name that is refused", async () => {
-    const server = openTls();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("hello\n/msg bob psst\n");
-    expect(await bob.lines(2)).toEqual(["[alice] hello", "[alice -> bob] psst"]);
-    expect(await refusal(server, "no name!")).toEqual([NAME_RULE]);
-  });
-
-  test("who speaks plainly to it is cut off at once, and the room goes on", async () => {
-    const server = openTls();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const plain = await Peer.connect({ port: server.port });
-    plain.send("GET / HTTP/1.1\r\n\r\n");
-    await plain.ended.promise;
-    expect(plain.received.toString("latin1")).not.toContain("Welcome");
-    await stillServes(server, alice, bob);
-  });
-
-  test("who speaks TLS to a room without it gets no handshake, but an end", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const eager = await Peer.connect({ port: server.port, ca: certificate.ca });
-    await eager.ended.promise;
-    expect(eager.total).toBe(0);
-    await stillServes(server, alice, bob);
-  });
-
-  test("the 60 s for the name begin before the handshake, for who never shakes hands, too", async () => {
-    jest.useFakeTimers();
-    const server = openTls();
-    const silent = await Peer.connect({ port: server.port });
-    const slow = await greeted(server);
-    jest.advanceTimersByTime(61_000);
-    expect(await slow.rest()).toEqual(["* You gave no name within a minute."]);
-    await silent.ended.promise;
-    expect(silent.total).toBe(0);
-  });
-
-  test("a full room says so after the handshake", async () => {
-    const server = openTls({ maxClients: 1 });
-    await enter(server, "alice");
-    const bob = await Peer.connect(server);
-    expect(await bob.rest()).toEqual(["* The server is full. Try again later."]);
-  });
-
-  test.each([
-    ["-tls1_2", true],
-    ["-tls1_3", true],
-    ["-tls1_1", false],
-  ])("openssl s_client %s -quiet: chats is %p", async (version, chats) => {
-    const server = openTls();
-    const alice = await enter(server, "alice");
-    const command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-quiet"];
-    const client = new Program(...command, "-connect", `127.0.0.1:${server.port}`);
-    if (!chats) {
-      expect(await client.exited).not.toBe(0);
-      expect(client.output).toBe("");
-      return;
-    }
-    await client.until(/Welcome/);
-    client.process.stdin.write("bob\nhello\n");
-    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
-    alice.send("hello bob\n");
-    await client.until(/^\[alice\] hello bob$/m);
-    client.process.kill();
-    expect(await alice.line()).toBe("* bob has left the chat");
-  });
-
-  test("a certificate is read again for newcomers; nobody in the room notices", async () => {
-    const folderCert = `${folder}/current-cert.pem`;
-    const folderKey = `${folder}/current-key.pem`;
-    copyFileSync(certificate.cert, folderCert);
-    copyFileSync(certificate.key, folderKey);
-    const server = await serve("--tls-cert", folderCert, "--tls-key", folderKey);
-    const { port } = server;
-    const [alice, bob] = (await enterAll({ port, ca: certificate.ca }, "alice", "bob")) as Peer[];
-    if (!alice || !bob) throw new Error();
-
-    copyFileSync(renewed.cert, folderCert); // the key is still the old one
-    server.process.kill("SIGHUP");
-    await server.until(/The certificate stays as it was\. The key does not/, "problems");
-    const carol = await enter({ port, ca: certificate.ca }, "carol");
-    expect(await alice.line()).toBe("* carol has joined the chat");
-
-    copyFileSync(renewed.key, folderKey);
-    server.process.kill("SIGHUP");
-    await server.until(/The certificate has been read again/);
-    await enter({ port, ca: renewed.ca }, "dave");
-    const distrustful = await Peer.connect({ port, ca: certificate.ca });
-    await distrustful.ended.promise;
-    expect(distrustful.total).toBe(0);
-    carol.send("all here\n");
-    expect(await alice.lines(2)).toEqual(["* dave has joined the chat", "[carol] all here"]);
-    expect(await bob.until("[carol] all here")).toHaveLength(2);
-  });
-
-  test("a certificate that is renewed while the server stops does not open it again", async () => {
-    const server = await serve("--tls-cert", certificate.cert, "--tls-key", certificate.key);
-    const { port } = server;
-    const alice = await enter({ port, ca: certificate.ca }, "alice");
-    server.process.kill("SIGTERM");
-    await alice.until("* The server is shutting down");
-    server.process.kill("SIGHUP");
-    server.process.kill("SIGHUP");
-    await expect(Peer.connect({ port })).rejects.toThrow();
-    alice.socket.end();
-    expect(await server.exited).toBe(0);
-    expect(server.output).not.toContain("read again");
-  });
-
-  test("start is refused with one clear line, and never without encryption", async () => {
-    const { cert, key } = certificate;
-    const junk = `${folder}/junk.pem`;
-    writeFileSync(junk, "no certificate\n");
-    writeFileSync(`${folder}/empty.pem`, "");
-    const cases: [options: string[], code: number, line: RegExp][] = [
-      [["--tls-cert", cert], 2, /^--tls-cert and --tls-key go together\. See/],
-      [["--tls-key", key], 2, /^--tls-cert and --tls-key go together\. See/],
-      [["--tls-key", ""], 2, /^--tls-cert and --tls-key go together\. See/],
-      [["--tls-cert", "", "--tls-key", ""], 1, /^The certificate or the key is not in PEM/],
-      [
-        ["--tls-cert", `${folder}/none`, "--tls-key", key],
-        1,
-        /^The file .*\/none cannot be read\./,
-      ],
-      [["--tls-cert", cert, "--tls-key", `${folder}/none`], 1, /^The file .*\/none cannot be read/],
-      [["--tls-cert", cert, "--tls-key", folder], 1, /not in PEM/],
-      [["--tls-cert", cert, "--tls-key", renewed.key], 1, /^The key does not belong to the cert/],
-      [["--tls-cert", junk, "--tls-key", key], 1, /^The certificate or the key is not in PEM/],
-      [["--tls-cert", cert, "--tls-key", cert], 1, /^The certificate or the key is not in PEM/],
-      [["--tls-cert", cert, "--tls-key", `${folder}/empty.pem`], 2, /empty file/],
-    ];
-    await Promise.all(
-      cases.map(async ([options, code, line]) => {
-        const program = new Program(process.execPath, "server.ts", "--port", "0", ...options);
-        expect([options, await program.exited]).toEqual([options, code]);
-        expect(program.problems).toMatch(line);
-        expect(program.problems.trimEnd().split("\n")).toHaveLength(1);
-        expect(program.output).toBe("");
-      }),
-    );
-  });
-
-  test("20,000 lines at once, in order", async () => {
-    const [alice, bob] = (await enterAll(openTls(), "alice", "bob")) as [Peer, Peer];
-    const text = Array.from({ length: 20_000 }, (_, number) => `line ${number}\n`).join("");
-    alice.send(text);
-    expect(await bob.lines(20_000)).toEqual(numbered("alice", 20_000));
-  });
-
-  test("a slow reader that comes back in time has lost nothing", async () => {
-    const server = openTls();
-    const [alice, bob, carol] = await enterThree(server);
-    const said = await lagBehind(server, [alice, bob, carol], 500_000);
-    carol.socket.resume();
-    alice.send("done\n");
-    expect(await carol.until("[alice] done")).toEqual(said);
-  });
-
-  test("who half-closes still gets what is queued, to the last byte", async () => {
-    const server = openTls();
-    const [alice, bob, carol] = await enterThree(server);
-    const said = await lagBehind(server, [alice, bob, carol], 300_000);
-    carol.socket.shutdown();
-    carol.socket.resume();
-    expect(await carol.rest()).toEqual(said);
-    expect(await alice.line()).toBe("* carol has left the chat");
-  });
-
-  test("joining, speaking and leaving in one packet", async () => {
-    const server = openTls();
-    const alice = await enter(server, "alice");
-    const bob = await greeted(server);
-    bob.send("bob\nhi\n");
-    bob.socket.shutdown();
-    expect(await bob.rest()).toEqual(["* The room contains: alice"]);
-    expect(await alice.lines(3)).toEqual([
-      "* bob has joined the chat",
-      "[bob] hi",
-      "* bob has left the chat",
-    ]);
-  });
-
-  test("who pastes and half-closes is heard to the last line, and leaves then", async () => {
-    jest.useFakeTimers();
-    const server = openTls({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const text = Array.from({ length: 120 }, (_, number) => `line ${number}\n`).join("");
-    alice.send(text + "half");
-    alice.socket.shutdown(); // its notice arrives with the lines, although they are held back
-    expect(await bob.lines(NEWCOMER_LINES)).toEqual(numbered("alice", NEWCOMER_LINES));
-    bob.send("/who\n");
-    expect(await bob.line()).toBe(present("alice", "bob"));
-    for (let tick = 0; tick < 110; tick++) {
-      jest.advanceTimersByTime(100);
-      await new Promise((resolve) => setImmediate(resolve));
-    }
-    const rest = [...numbered("alice", 120).slice(NEWCOMER_LINES), "* alice has left the chat"];
-    expect(await bob.lines(rest.length)).toEqual(rest);
-    expect(await alice.rest()).toEqual([]);
-  });
-
-  test("shutdown under load: what was sent before arrives, everywhere and complete", async () => {
-    const server = openTls();
-    const names = Array.from({ length: 30 }, (_, number) => `user${number}`);
-    const crowd = await enterAll(server, ...names);
-    const text = Array.from({ length: 100 }, (_, number) => `line ${number}\n`).join("");
-    for (const peer of crowd) peer.send(text);
-    const stopped = server.stop();
-    const heard = await Promise.all(crowd.map((peer) => peer.rest()));
-    for (const lines of heard) {
-      expect(lines).toHaveLength(29 * 100 + 1);
-      expect(lines.at(-1)).toBe("* The server is shutting down");
-    }
-    for (const peer of crowd) peer.socket.end();
-    await stopped;
-  });
-});
-
-/**
- * The third of three stops reading, and the first talks until the server keeps `least` bytes for the
- * third. The second has heard all. Returns the lines that wait for the third.
- */
-async function lagBehind(
-  server: Server,
-  [alice, bob, carol]: [Peer, Peer, Peer],
-  least: number,
-): Promise<string[]> {
-  carol.socket.pause();
-  const said: string[] = [];
-  while (queued(server, "carol") < least) {
-    const text = `${said.length} ${"q".repeat(4000)}`;
-    alice.send(`${text}\n`);
-    said.push(`[alice] ${text}`);
-    expect(await bob.line()).toBe(said.at(-1) ?? "");
+  const text = "q".repeat(4000);
+  while (queued(server, slow.name) < least) {
+    const missing = least - queued(server, slow.name);
+    const lines = times(missing > 100_000 ? 20 : 1, (number) => `${said.length + number} ${text}`);
+    speaker.send(toText(lines));
+    expect(await speaker.ping()).toEqual([]);
+    said.push(...lines.map((line) => `[${speaker.name}] ${line}`));
   }
   return said;
 }
 
-describe.each([
-  ["without TLS", open],
-  ["with TLS", openTls],
-])("a slow reader, %s", (_, open) => {
-  test("may lag behind by 3 MB for ten seconds, and not for longer", async () => {
-    jest.useFakeTimers();
-    const server: Server & { ca?: string } = open();
-    const room = await enterThree(server);
-    const [alice, bob, carol] = room;
-    const said = await lagBehind(server, room, 3_000_000);
-    jest.advanceTimersByTime(9_000);
-    carol.socket.resume();
-    expect(await carol.lines(said.length)).toEqual(said);
+/** Sees that the room still works for one who speaks and for one who listens. */
+async function stillServes(server: Address, speaker: Peer, listener: Peer): Promise<void> {
+  speaker.send("still there?\n");
+  await listener.until(`[${speaker.name}] still there?`);
+  const latecomer = await enter(server, "latecomer");
+  await listener.until("* latecomer has joined the chat");
+  latecomer.socket.end();
+  await listener.until("* latecomer has left the chat");
+}
 
-    await lagBehind(server, room, 3_000_000);
-    jest.advanceTimersByTime(12_000);
-    expect(await bob.line()).toBe("* carol has left the chat (too slow)");
-    expect(await alice.line()).toBe("* carol has left the chat (too slow)");
-    await stillServes(server, alice, bob);
+// --- Programs
+
+/** Starts a program in a pipe. */
+function inPipe(command: string[]) {
+  const out = new Transcript();
+  const err = new Transcript();
+  const child = Bun.spawn(command, {
+    cwd: import.meta.dir,
+    stdin: "pipe",
+    stdout: "pipe",
+    stderr: "pipe",
   });
+  cleanups.push(() => child.kill("SIGKILL"));
+  const read = Promise.all([out.read(child.stdout), err.read(child.stderr)]);
 
-  test("may lag behind by less than 1 MiB for as long as it likes", async () => {
-    jest.useFakeTimers();
-    const server: Server & { ca?: string } = open();
-    const [alice, bob, carol] = await enterThree(server);
-    const said = await lagBehind(server, [alice, bob, carol], 900_000);
-    jest.advanceTimersByTime(50_000);
-    carol.socket.resume();
-    expect(await carol.lines(said.length)).toEqual(said);
-    await stillServes(server, alice, bob);
+  return {
+    child,
+    out,
+    err,
+    type: (text: string) => void child.stdin.write(text),
+    end: () => void child.stdin.end(),
+
+    /** Waits for the end. Resolves with the exit code and all output. */
+    async result() {
+      await read;
+      return { code: await child.exited, out: out.text, err: err.text };
+    },
+  };
+}
+
+/** Starts a program in a pseudo-terminal, of which `out` is all that it was sent. */
+function inTerminal(command: string[], { columns = 80, rows = 24, env = {} } = {}) {
+  const out = new Transcript();
+  const closed = Promise.withResolvers<void>();
+  const decoder = new TextDecoder();
+  const child = Bun.spawn(command, {
+    cwd: import.meta.dir,
+    // With CI=true a terminal is taken for one without colours.
+    env: {
+      ...process.env,
+      CI: undefined,
+      NO_COLOR: "1",
+      TERM: "xterm-256color",
+      LC_ALL: "C.UTF-8",
+      ...env,
+    },
+    terminal: {
+      cols: columns,
+      rows,
+      data: (_, bytes) => out.add(decoder.decode(bytes, { stream: true })),
+      exit: () => closed.resolve(),
+    },
   });
+  cleanups.push(() => child.kill("SIGKILL"));
 
-  test("is dropped at 8 MiB at once, and the others lose nothing", async () => {
-    jest.useFakeTimers();
-    const server: Server & { ca?: string } = open();
-    const [alice, bob, carol] = await enterThree(server);
-    const said = await lagBehind(server, [alice, bob, carol], 8 * 1024 * 1024 - 200_000);
-    expect(server.clients).toHaveLength(3);
-    const text = "x".repeat(4000);
-    const rest = Array.from({ length: 60 }, (_, number) => `[alice] ${number} ${text}`);
-    alice.send(rest.map((line) => `${line.slice("[alice] ".length)}\n`).join(""));
-    alice.send("done\n");
-    const heard = await bob.until("[alice] done");
-    if (!heard.includes("* carol has left the chat (too slow)"))
-      expect(await bob.line()).toBe("* carol has left the chat (too slow)");
-    expect(heard.filter((line) => line.startsWith("["))).toEqual(rest);
-    expect(said.length).toBeGreaterThan(2_000);
-    expect(server.clients.map(({ name }) => name)).toEqual(["alice", "bob"]);
-  });
-});
+  return {
+    child,
+    out,
 
-describe.each([
-  ["without TLS", open],
-  ["with TLS", openTls],
-])("at shutdown, %s", (_, open) => {
-  test("a queue just below its limit is sent to its end", async () => {
-    const server: Server & { ca?: string } = open();
-    const [alice, bob, carol] = await enterThree(server);
-    const said = await lagBehind(server, [alice, bob, carol], 1024 * 1024 - 4100);
-    // Now to the very byte: the notice of the shutdown does not fit any more.
-    const room = 1024 * 1024 - queued(server, "carol") - "[alice] \n".length;
-    alice.send(`${"z".repeat(room)}\n`);
-    said.push(await next(bob));
-    expect(queued(server, "carol")).toBe(1024 * 1024);
-    const stopped = server.stop();
-    expect(await bob.rest()).toEqual(["* The server is shutting down"]);
-    carol.socket.resume();
-    const lines = await carol.rest();
-    expect(lines).toHaveLength(said.length + 1);
-    expect(lines).toEqual([...said, "* The server is shutting down"]);
-    for (const peer of [alice, bob, carol]) peer.socket.end();
-    await stopped;
-  });
+    /** Waits for the end. Resolves with the exit code, when all output has come. */
+    async exited() {
+      await closed.promise;
+      return await child.exited;
+    },
 
-  test("a flood that is held back does not hold it up", async () => {
-    jest.useFakeTimers();
-    const server: Server & { ca?: string } = open({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send("flood\n".repeat(50_000));
-    await bob.lines(NEWCOMER_LINES);
-    for (const peer of [alice, bob]) void peer.ended.promise.then(() => peer.socket.shutdown());
-    let stopped = false;
-    const stopping = server.stop().then(() => (stopped = true));
-    let waited = 0;
-    for (; !stopped && waited < 10_000; waited += 5) {
-      jest.advanceTimersByTime(5);
-      await new Promise((resolve) => setImmediate(resolve)); // a turn of the event loop
+    type: (keys: string) => void child.terminal?.write(keys),
+
+    /** Makes the window wider or narrower, and notes it in the output, for `picture`. */
+    resize(columns: number): void {
+      out.add(`\x1b[8;${rows};${columns}t`);
+      child.terminal?.resize(columns, rows);
+    },
+
+    hangUp: () => child.terminal?.close(),
+  };
+}
+
+type Terminal = ReturnType<typeof inTerminal>;
+
+/** What the terminal gets when somebody pastes. */
+const paste = (text: string) => `\x1b[200~${text}\x1b[201~`;
+
+/** Starts `bun server.ts` on a free port, and waits until it listens. */
+async function serve(...options: string[]) {
+  return await serveBy([process.execPath, "server.ts", "--port", "0", ...options]);
+}
+
+/** Starts a server by some other command. */
+async function serveBy(command: string[]) {
+  const program = inPipe(command);
+  const [, port] = await program.out.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
+  return { ...program, port: Number(port), pid: program.child.pid };
+}
+
+/** The command for `bun client.ts`. */
+function client(port: number, ...args: string[]): string[] {
+  return [process.execPath, "client.ts", "--port", `${port}`, ...args];
+}
+
+/** The same with other times, and with more code that is run before it. */
+function pacedClient(
+  pace: Partial<typeof PACE>,
+  port: number,
+  args: readonly string[] = [],
+  code = "",
+): string[] {
+  const program = `
+    const { PACE, main } = await import("./client.ts");
+    Object.assign(PACE, ${JSON.stringify(pace)});
+    ${code};
+    await main();`;
+  return [process.execPath, "--eval", program, "--", "--port", `${port}`, ...args];
+}
+
+/** The same with little time for a server to speak, and none at all between two tries. */
+function hastyClient(port: number, ...args: string[]): string[] {
+  const pace = { silence: 200, retry: 1, doubt: 50, moment: 20, lastWords: 100, perLine: 0 };
+  return pacedClient(pace, port, args);
+}
+
+type Look = NonNullable<Parameters<typeof inTerminal>[1]> & { pace?: Partial<typeof PACE> };
+
+/** Starts the client in a terminal as Alex, and waits for its prompt. */
+async function joined(server: Address, args: string[] = [], { pace = {}, ...look }: Look = {}) {
+  const all = ["--name", "Alex", ...args];
+  const isPaced = Object.keys(pace).length > 0;
+  const command = isPaced ? pacedClient(pace, server.port, all) : client(server.port, ...all);
+  const alex = inTerminal(command, look);
+  await alex.out.until("The room contains");
+  await alex.out.until("You: ");
+  return alex;
+}
+
+// --- A foreign server
+
+type Habits = {
+  port?: number;
+  tls?: Bun.TLSOptions;
+  greeting?: string; // "" for none
+  roster?: string; // "" for none
+  newline?: string; // after the greeting and after a refusal; "" for none
+  farewell?: string; // what is said before the FIN is answered
+  isFull?: boolean; // hangs up after the greeting
+  pause?: number; // ms between a refusal and the FIN
+  resets?: boolean; // answers a FIN with a reset
+  neverCloses?: boolean; // does not answer a FIN
+  stopsReading?: boolean; // once a guest has a name
+  refusals?: string[]; // what the next names are answered with
+};
+
+/** The smallest server of Budget Chat. Its transcript holds "joined: NAME", "NAME: text" and such. */
+function budgetChat(habits: Habits = {}) {
+  const { greeting = WELCOME, newline = "\n", refusals = [] } = habits;
+  const { roster = "* The room contains: bob, carol" } = habits;
+  const heard = new Transcript();
+  const guests: Peer[] = [];
+  const finish = (guest: Peer) => void (guest.isSent && guest.socket.shutdown());
+
+  function takeLine(guest: Peer, line: string): void {
+    if (guest.name) {
+      heard.add(`${guest.name}: ${line}\n`);
+      return;
     }
-    await stopping;
-    // What had been held back was read to the end, else only the deadline of 2 s had closed it.
-    expect(waited).toBeLessThan(2_000);
-    expect(await bob.rest()).toEqual(["* The server is shutting down"]);
-    expect((await alice.rest()).at(-2)).toMatch(
-      /^\* Your last lines came too late: \d{3,} or more\.$/,
-    );
-  });
-});
-
-describe("bad input", () => {
-  test("random bytes before and after joining from 500 connections, half of them reset", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const random = randomNumbers(1);
-    const junk = (size: number) => Buffer.from(Array.from({ length: size }, () => random(256)));
-    const strangers = await Promise.all(Array.from({ length: 500 }, () => Peer.connect(server)));
-    for (const [number, stranger] of strangers.entries()) {
-      if (number % 4 < 2) stranger.send(`stranger${number}\n`);
-      stranger.send(junk(random(3000)));
-      if (number % 10 === 0) alice.send(`line ${number / 10}\n`);
-      if (number % 2 === 0) stranger.socket.terminate();
-      else stranger.socket.shutdown();
+    const refusal = refusals.shift();
+    if (refusal !== undefined) {
+      heard.add(`refused: ${line}\n`);
+      guest.send(refusal && `${refusal}${newline}`);
+      if (habits.pause) setTimeout(finish, habits.pause, guest);
+      else finish(guest);
+      return;
     }
-    alice.send("done\n");
-    const heard = await bob.until("[alice] done");
-    expect(heard.filter((line) => line.startsWith("[alice] "))).toEqual(numbered("alice", 50));
-    await Promise.all(strangers.map((stranger) => stranger.ended.promise));
-    for (const stranger of strangers) stranger.socket.terminate();
-    for (const name of ["stranger0", "stranger1", "stranger497"]) await enter(server, name);
-    await stillServes(server, alice, bob);
-  });
-
-  test("any split of any bytes gives the lines that a simple reader gives", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const random = randomNumbers(2);
-    for (let round = 0; round < 40; round++) {
-      const heard: string[] = [];
-      const pieces = Array.from({ length: 8 }, () => [
-        Buffer.from(Array.from({ length: random(30) }, () => random(256))),
-        Buffer.from(["é", "漢", "👍", "\u202e", " ", "\r", "\r\n", "\n\n", "\t"][random(9)] ?? ""),
-        Buffer.from("x".repeat(random(12) === 0 ? 4080 + random(30) : 0)),
-        Buffer.from(["\n", "\r\n", "", "\n\ufeff"][random(4)] ?? ""),
-      ]).flat();
-      // Commands are another matter. The last line is whole, and marks the end of the round.
-      const bytes = Buffer.concat([...pieces, Buffer.from(`\nend ${round}\n`)]);
-      for (const [at, byte] of bytes.entries()) if (byte === 0x2f) bytes[at] = 0x2e;
-      for (let at = 0; at < bytes.length;) {
-        const size = 1 + random(random(4) === 0 ? 5 : 2000);
-        alice.send(bytes.subarray(at, (at += size)));
-        // A round trip between two pieces, so that they come in packets of their own.
-        bob.send("/nick bob\n");
-        heard.push(...(await bob.until("* You are called bob already.")));
-      }
-      while (heard.at(-1) !== `[alice] end ${round}`) heard.push(await next(bob));
-      expect(heard).toEqual(reference(bytes));
-    }
-  });
-
-  /** The lines that others see of one named alice: split, decode, clean. */
-  function reference(bytes: Buffer): string[] {
-    const lines: string[] = [];
-    let line: number[] = [];
-    for (const byte of bytes) {
-      if (byte !== 10) {
-        line.push(byte);
-        continue;
-      }
-      if (line.at(-1) === 13) line.pop();
-      const text = [...new TextDecoder("utf-8", { ignoreBOM: true }).decode(new Uint8Array(line))]
-        .filter(
-          (character) =>
-            !/[\p{Cc}\u2028-\u202e\u2066-\u2069\ufeff]/u.test(character) || character === "\t",
-        )
-        .join("");
-      if (line.length <= 4096 && text.trim() !== "") lines.push(`[alice] ${text}`);
-      line = [];
-    }
-    return lines;
+    heard.add(`joined: ${line}\n`);
+    guest.name = line;
+    if (roster) guest.send(`${roster}\n`);
+    if (habits.stopsReading) guest.socket.pause();
   }
 
-  test("who does not answer for long is gone, who only does not read is not", async () => {
-    jest.useFakeTimers();
-    const server = open();
-    const names = ["alice", "bob", "carol", "dave", "erin"];
-    const peers = await enterAll(server, ...names);
-    const fds = (server.clients as unknown as { socket: { fd: number } }[]).map(
-      ({ socket }) => socket.fd,
-    );
-    // As it may be after a minute. [tcpi_retransmits, tcpi_probes, tcpi_last_ack_recv]
-    const states = [
-      [6, 0, 56_000], // alice is sent the same bytes again and again
-      [0, 6, 56_000], // bob is asked again and again whether he will read on, or is there at all
-      [0, 1, 80_000], // carol has answered that, and still does not read
-      [2, 0, 56_000], // dave has been silent, and now a packet or two to him have been lost
-      [6, 0, 54_000], // erin may come back yet
-    ];
-    globalThis.tcpInfo = (fd, info, result) => {
-      expect(result).toBe(0);
-      expect(info.getUint8(0)).toBe(1); // tcpi_state: established
-      expect(info.getUint32(56, true)).toBeLessThan(30_000); // ms, in truth
-      const [retransmits = 0, probes = 0, silence = 0] = states[fds.indexOf(fd)] ?? [];
-      info.setUint8(2, retransmits);
-      info.setUint8(3, probes);
-      info.setUint32(56, silence, true);
-    };
-    jest.advanceTimersByTime(60_000);
-    for (const peer of peers.slice(2))
-      expect(await peer.lines(2)).toEqual(["* alice has left the chat", "* bob has left the chat"]);
-    expect(server.clients.map(({ name }) => name).sort()).toEqual(["carol", "dave", "erin"]);
-  });
-
-  test("who vanishes after others have been found to be there is found, too", async () => {
-    jest.useFakeTimers();
-    const server = open();
-    const [alice] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    jest.advanceTimersByTime(65_000);
-    const [, bob] = server.clients as unknown as { socket: { fd: number } }[];
-    let looks = 0;
-    globalThis.tcpInfo = (fd, info) => {
-      looks++;
-      info.setUint8(2, fd === bob?.socket.fd ? 6 : 0);
-      info.setUint32(56, fd === bob?.socket.fd ? 56_000 : 0, true);
-    };
-    jest.advanceTimersByTime(7_000);
-    expect(await alice.line()).toBe("* bob has left the chat");
-    expect(looks).toBeLessThan(5); // it takes time
-  });
-
-  test("the kernel asks those who are silent whether they are still there", async () => {
-    const server = open();
-    await enter(server, "alice");
-    const [client] = server.clients as unknown as { socket: { fd: number } }[];
-    const { symbols } = dlopen("libc.so.6", {
-      getsockopt: { args: ["int", "int", "int", "buffer", "buffer"], returns: "int" },
-    });
-    const option = (level: number, name: number) => {
-      const value = new Uint32Array(1);
-      symbols.getsockopt(client?.socket.fd ?? -1, level, name, value, Uint32Array.of(4));
-      return value[0];
-    };
-    const [SOL_SOCKET, SO_KEEPALIVE, IPPROTO_TCP, TCP_KEEPIDLE] = [1, 9, 6, 4];
-    expect(option(SOL_SOCKET, SO_KEEPALIVE)).toBe(1);
-    expect(option(IPPROTO_TCP, TCP_KEEPIDLE)).toBe(45); // s
-  });
-
-  test("200 MB without a newline take no memory, and the line after them is heard", async () => {
-    const server = await serve("--rate", "0", "--quiet");
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const megabyte = Buffer.alloc(1_000_000, "x");
-    const before = memory(server.process.pid, "VmRSS");
-    await sendAll(alice, megabyte, 200);
-    alice.send("\nshort\n");
-    expect(await bob.line()).toBe("[alice] short");
-    expect(memory(server.process.pid, "VmHWM") - before).toBeLessThan(16 * 1024);
-    expect(await alice.line()).toBe("* Your message was longer than 4096 bytes and was not sent.");
-  });
-
-  test("a name sent twice is a message the second time", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    const bob = await greeted(server);
-    bob.send("bob\nbob\n");
-    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] bob"]);
-  });
-
-  test("nothing that a client sends can break or colour a line of the log", async () => {
-    const log: string[] = [];
-    const server = open({ log: (event) => log.push(event) });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const forged = "2026-01-01 00:00:00 Removing user: bob from clients";
-    await refusal(server, `mallory\r${forged}`);
-    alice.send(`hi\r${forged}\n\u001b[31mred\u2028${forged}\u0085${forged}\n/nick a\rb\nbye\n`);
-    await bob.until("[ab] bye");
-    expect(log.filter((event) => /[^\P{C}\t]|[\u2028\u2029]/u.test(event))).toEqual([]);
-    expect(log.filter((event) => event.startsWith(forged))).toEqual([]);
-    expect(log.slice(-4)).toEqual([
-      `Received message from alice: hi${forged}`,
-      `Received message from alice: [31mred${forged}${forged}`,
-      "User alice is now called ab.",
-      "Received message from ab: bye",
-    ]);
-  });
-});
-
-describe("the log", () => {
-  /** A room whose log a test reads, each line with its port as PORT. */
-  function openLogged(options: Partial<ServerOptions> = {}) {
-    const log: string[] = [];
-    const add = (event: string) => log.push(event.replace(/:\d{4,5}\b/, ":PORT"));
-    const server = options.tls ? openTls({ log: add }) : open({ log: add, ...options });
-    return { server, log };
-  }
-
-  test.each([
-    ["two words", `A name is 1 to 32 letters and digits. It gave "two words"`],
-    ["bоb", `A name keeps to letters and digits of one script, with few accents. It gave "bоb"`],
-    ["ALICE", `The name ALICE is taken. It gave "ALICE"`],
-    ["a1ice", `The name a1ice looks like one that is taken. It gave "a1ice"`],
-    [
-      '"\u001b[31m\r2026-01-01 Server is shutting down\u2028\u202e\\',
-      `A name is 1 to 32 letters and digits. It gave "\\"[31m2026-01-01 Server is shutting down\\\\"`,
-    ],
-    ["y".repeat(600), `A name is 1 to 32 letters and digits. It gave "${"y".repeat(128)}"`],
-  ])("says that and why %j was refused, and that cannot be forged", async (name, reason) => {
-    const { server, log } = openLogged();
-    await enter(server, "alice");
-    await refusal(server, name);
-    expect(log.slice(2)).toEqual([
-      "New connection from 127.0.0.1:PORT",
-      `Refused 127.0.0.1:PORT: ${reason}`,
-    ]);
-  });
-
-  test("says who found no place", async () => {
-    const { server, log } = openLogged({ maxClients: 1 });
-    await enter(server, "alice");
-    await (await Peer.connect(server)).rest();
-    expect(log.at(-1)).toBe("Refused 127.0.0.1:PORT: The server is full. Try again later.");
-    const other = openLogged({ maxPerAddress: 1 });
-    await enter(other.server, "alice");
-    await (await Peer.connect(other.server)).rest();
-    expect(other.log.at(-1)).toBe(
-      "Refused 127.0.0.1:PORT: Too many connections from your address.",
-    );
-  });
-
-  test("says who gave no name in time, and tells one whose name had no end", async () => {
-    jest.useFakeTimers();
-    const { server, log } = openLogged();
-    const silent = await greeted(server);
-    const endless = await greeted(server);
-    endless.send("alice");
-    await (await greeted(server)).socket.terminate();
-    await enter(server, "bob");
-    jest.advanceTimersByTime(61_000);
-    expect(await silent.rest()).toEqual(["* You gave no name within a minute."]);
-    expect(await endless.rest()).toEqual([
-      "* Your name did not end with a newline within a minute.",
-    ]);
-    expect(log.slice(-2)).toEqual([
-      "Refused 127.0.0.1:PORT: You gave no name within a minute.",
-      "Refused 127.0.0.1:PORT: Your name did not end with a newline within a minute.",
-    ]);
-  });
-
-  test("says whose TLS handshake failed, or did not come", async () => {
-    jest.useFakeTimers();
-    const { server, log } = openLogged({ tls: {} });
-    const plain = await Peer.connect({ port: server.port });
-    plain.send("GET / HTTP/1.1\r\n\r\n");
-    await plain.ended.promise;
-    expect(log.at(-1)).toBe("Refused 127.0.0.1:PORT: the TLS handshake failed");
-    const silent = await Peer.connect({ port: server.port });
-    await enter(server, "alice");
-    jest.advanceTimersByTime(61_000);
-    await silent.ended.promise;
-    expect(log.at(-1)).toBe(
-      "Refused 127.0.0.1:PORT: it did not finish the TLS handshake within a minute",
-    );
-  });
-});
-
-describe("faults", () => {
-  test("a reader that stops again and again, and reads a part each time, loses nothing", async () => {
-    const server = open();
-    const [alice, bob, carol] = await enterThree(server);
-    const said: string[] = [];
-    const heard: (string | null)[] = [];
-    for (let round = 0; round < 5; round++) {
-      said.push(...(await lagBehind(server, [alice, bob, carol], 600_000)));
-      carol.socket.resume();
-      while (heard.length < said.length - 200) heard.push(await carol.line());
-    }
-    while (heard.length < said.length) heard.push(await carol.line());
-    expect(heard).toEqual(said);
-    expect(server.clients).toHaveLength(3);
-  });
-
-  test("2,000 silent connections hold up nobody, and are gone after 60 s", async () => {
-    jest.useFakeTimers();
-    const server = open({ maxClients: 2_002 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const silent: Peer[] = [];
-    // Not all at once: the kernel lets no more than 512 wait to be accepted.
-    while (silent.length < 2_000)
-      silent.push(...(await Promise.all(Array.from({ length: 200 }, () => greeted(server)))));
-    const carol = await Peer.connect(server);
-    expect(await carol.rest()).toEqual(["* The server is full. Try again later."]);
-    carol.socket.terminate();
-    alice.send("hello\n");
-    expect(await bob.line()).toBe("[alice] hello");
-    jest.advanceTimersByTime(61_000);
-    for (const peer of silent) {
-      expect(await peer.rest()).toEqual(["* You gave no name within a minute."]);
-      peer.socket.end();
-    }
-    await Promise.all(silent.map((peer) => peer.closed.promise));
-    await stillServes(server, alice, bob);
-  });
-
-  test("3,000 connections that come and go leave nothing behind", async () => {
-    // Were one forgotten, there would soon be no place for the next: 60 come at a time.
-    const limits = ["--max-clients", "62", "--max-per-address", "62", "--rate", "0"];
-    const server = await serve(...limits, "--quiet");
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const comeAndGo = async (place: number) => {
-      const peer = await greeted(server);
-      if (place % 3 > 0) peer.send(`guest${place}\n`);
-      if (place % 3 > 0) await peer.line();
-      if (place % 2 > 0) peer.socket.terminate();
-      else peer.send(place % 3 > 0 ? "/quit\n" : "\n");
-      await peer.ended.promise;
-      peer.socket.terminate();
-      peers.delete(peer);
-    };
-    const wave = async (waves: number) => {
-      for (let number = 0; number < waves; number++) {
-        await Promise.all(Array.from({ length: 60 }, (_, place) => comeAndGo(place)));
-        alice.send(`wave ${number}\n`);
-        const heard = await bob.until(`[alice] wave ${number}`);
-        expect(heard.filter((line) => line.endsWith(" has joined the chat"))).toHaveLength(40);
-        let left = heard.filter((line) => line.endsWith(" has left the chat")).length;
-        while (left < 40) if ((await next(bob)).endsWith(" has left the chat")) left++;
-      }
-    };
-    await wave(20);
-    const before = memory(server.process.pid, "VmRSS");
-    await wave(30);
-    expect(memory(server.process.pid, "VmRSS") - before).toBeLessThan(8 * 1024);
-    await stillServes(server, alice, bob);
-  });
-
-  test("without enough file descriptors it serves fewer, says so, and never runs out", async () => {
-    const command = `ulimit -n 128; exec ${process.execPath} server.ts --port 0`;
-    const server = await inShell(command);
-    await server.until(/At most 64 clients: more would need more open files \(ulimit -n\)\./);
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const crowd = await Promise.all(Array.from({ length: 300 }, () => Peer.connect(server)));
-    const first = await Promise.all(crowd.map((peer) => peer.line()));
-    expect(first.filter((line) => line === WELCOME)).toHaveLength(62);
-    const told = first.filter((line) => line === "* The server is full. Try again later.");
-    expect(told.length).toBeGreaterThanOrEqual(30);
-    // With none left the server would spin: `accept` fails, and the connection stays.
-    expect(readdirSync(`/proc/${server.process.pid}/fd`).length).toBeLessThan(128);
-    alice.send("hello\n");
-    expect(await bob.line()).toBe("[alice] hello");
-    for (const peer of crowd) peer.socket.terminate();
-    let attempts = 0;
-    for (let greeting: string | null = null; greeting !== WELCOME; attempts++) {
-      const late = await Peer.connect(server);
-      greeting = await late.line();
-      late.socket.terminate();
-      if (attempts > 1000) throw new Error("no place becomes free");
-    }
-    await stillServes(server, alice, bob);
-  });
-
-  test.each([
-    ["open", "New connection", null],
-    ["data, while joining", "User mallory has joined", null],
-    ["data, while speaking", "Received message", null],
-    ["end", "Removing user", "shutdown"],
-    ["close", "Removing user", "terminate"],
-  ] as const)("an exception in %s is reported and costs that connection only", async (...row) => {
-    const [, event, leave] = row;
-    const reported = Promise.withResolvers<string>();
-    let armed = false;
-    const server = open({
-      log: (line) => {
-        if (!armed || !line.startsWith(event)) return;
-        armed = false;
-        throw new Error("on purpose");
+  const listener: TCPSocketListener<Peer> = Bun.listen<Peer>({
+    hostname: "127.0.0.1",
+    port: habits.port ?? 0,
+    allowHalfOpen: true,
+    ...(habits.tls && { tls: habits.tls }),
+    socket: {
+      open(socket) {
+        const guest = new Peer(socket);
+        socket.data = guest;
+        guests.push(guest);
+        if (greeting) guest.send(`${greeting}${newline}`);
+        if (habits.isFull) finish(guest);
       },
-      logError: reported.resolve,
-    });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    armed = true;
-    const mallory = await Peer.connect(server);
-    mallory.send("mallory\nhi\n");
-    if (leave) {
-      await bob.until("[mallory] hi");
-      mallory.socket[leave]();
-    }
-    expect(await reported.promise).toContain("on purpose");
-    await mallory.ended.promise;
-    await stillServes(server, alice, bob);
-    expect(server.clients.map((client) => client.name).toSorted()).toEqual(["alice", "bob"]);
-  });
-
-  test.each(["handshake", "drain"])("and so does one in %s", async (handler) => {
-    const problems: string[] = [];
-    const server = openTls({ logError: (problem) => problems.push(problem) });
-    const [alice, bob, carol] = await enterThree(server);
-    if (handler === "drain") await lagBehind(server, [alice, bob, carol], 1);
-    // What both handlers do is to write; here the next write of the server fails.
-    const sockets = Object.getPrototypeOf(alice.socket) as Socket<unknown>;
-    const { write } = sockets;
-    sockets.write = function (this: Socket<unknown>, ...bytes: [Uint8Array]) {
-      if (this.data instanceof Peer) return write.apply(this, bytes);
-      sockets.write = write;
-      throw new Error("on purpose");
-    } as typeof write;
-    const victim = handler === "drain" ? carol : await Peer.connect(server);
-    victim.socket.resume();
-    await victim.closed.promise;
-    expect(problems).toHaveLength(1);
-    expect(problems[0]).toContain("on purpose");
-    if (handler === "drain") expect(await bob.line()).toBe("* carol has left the chat");
-    await stillServes(server, alice, bob);
-  });
-
-  test("an exception while a batch is sent costs one client, and everybody else gets every line", async () => {
-    const problems: string[] = [];
-    const server = open({ logError: (problem) => problems.push(problem) });
-    const room = await enterAll(server, "alice", "bob", "carol", "dave", "erin");
-    const [alice, bob, carol, dave, erin] = room as [Peer, Peer, Peer, Peer, Peer];
-    const victims = [server.clients[1]?.socket, server.clients[3]?.socket] as unknown[];
-    const sockets = Object.getPrototypeOf(alice.socket) as Socket<unknown>;
-    const { write } = sockets;
-    sockets.write = function (this: Socket<unknown>, ...bytes: [Uint8Array]) {
-      if (victims.includes(this)) throw new Error("on purpose");
-      return write.apply(this, bytes);
-    } as typeof write;
-    try {
-      for (let number = 0; number < 50; number++) alice.send(`line ${number}\n`);
-      await Promise.all([bob.closed.promise, dave.closed.promise]);
-    } finally {
-      sockets.write = write;
-    }
-    alice.send("done\n");
-    for (const peer of [carol, erin]) {
-      const heard = await peer.until("[alice] done");
-      expect(heard.filter((line) => line.startsWith("["))).toEqual(numbered("alice", 50));
-      expect(heard.filter((line) => line.startsWith("*"))).toEqual([
-        "* bob has left the chat",
-        "* dave has left the chat",
-      ]);
-    }
-    expect(problems).toHaveLength(2);
-    await stillServes(server, alice, carol);
-  });
-
-  test("an exception while a client is read from later costs that client only", async () => {
-    jest.useFakeTimers();
-    const problems: string[] = [];
-    const server = open({
-      rate: 10,
-      log: (event) => {
-        if (event.endsWith(" mallory: line 20")) throw new Error("on purpose");
+      data({ data: guest }, chunk) {
+        guest.receive(chunk);
+        for (let line = guest.take(); line !== undefined; line = guest.take())
+          takeLine(guest, line);
       },
-      logError: (problem) => problems.push(problem),
-    });
-    const [alice, mallory, bob] = (await enterAll(server, "alice", "mallory", "bob")) as Peer[];
-    if (!alice || !mallory || !bob) throw new Error();
-    mallory.send(Array.from({ length: 40 }, (_, number) => `line ${number}\n`).join(""));
-    await bob.until(`[mallory] line ${NEWCOMER_LINES - 1}`);
-    for (let tick = 0; tick < 20; tick++) jest.advanceTimersByTime(100);
-    await bob.until(/^\* mallory has left the chat \(\d+ or more lines unread\)$/);
-    expect(problems).toHaveLength(1);
-    await stillServes(server, alice, bob);
+      drain({ data: guest }) {
+        guest.send("");
+        if (!guest.isOpen && !habits.neverCloses) finish(guest);
+      },
+      end({ data: guest }) {
+        guest.end();
+        heard.add(`end of ${guest.name}\n`);
+        if (habits.resets) guest.socket.terminate();
+        if (habits.resets || habits.neverCloses) return;
+        guest.send(habits.farewell ?? "");
+        finish(guest);
+      },
+      close: ({ data: guest }) => heard.add(`closed ${guest.name}\n`),
+    },
   });
+  const stop = () => listener.stop(true);
+  cleanups.push(stop);
 
-  test("an exception while somebody joins leaves no ghost with the name", async () => {
-    const problems: string[] = [];
-    const server = open({ logError: (problem) => problems.push(problem) });
-    const alice = await enter(server, "alice");
-    const sockets = Object.getPrototypeOf(alice.socket) as Socket<unknown>;
-    const { write } = sockets;
-    const bob = await greeted(server);
-    sockets.write = function (this: Socket<unknown>, ...bytes: [Uint8Array]) {
-      if (!(this.data instanceof Peer)) throw new Error("on purpose");
-      return write.apply(this, bytes);
-    } as typeof write;
-    try {
-      bob.send("bob\n");
-      await bob.closed.promise;
-    } finally {
-      sockets.write = write;
-    }
-    expect(problems[0]).toContain("on purpose");
-    await enter(server, "bob");
-    alice.send("/who\n");
-    await alice.until(present("alice", "bob"));
-  });
+  return {
+    port: listener.port,
+    heard,
+    guests, // in order of coming
+    refusals,
+    stop,
 
-  test("clients that half-close and are reset at once leave nothing in memory", async () => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    for (let round = 0; round < 10; round++) {
-      const names = Array.from({ length: 50 }, (_, number) => `user${round}x${number}`);
-      const crowd = await Promise.all(names.map((name) => enter(server, name)));
-      for (const peer of crowd) peer.send("hello\nhalf a line");
-      for (const peer of crowd) peer.socket.shutdown();
-      for (const peer of crowd) peer.socket.terminate();
-      for (const _ of crowd) await alice.until(/ has left the chat/);
-    }
-    alice.send("/who\n");
-    await alice.until(present("alice"));
-    expect(server.memoryUsed).toBe(0);
-  });
+    /** Says lines to everybody. */
+    say: (...lines: string[]) => {
+      for (const guest of guests) if (guest.name) guest.send(toText(lines));
+    },
 
-  test("2,000 who leave at once, each with a last line, are all heard and all get the end", async () => {
-    const server = open();
-    const witness = await enter(server, "witness");
-    const leavers: Peer[] = [];
-    while (leavers.length < 2_000) {
-      const names = Array.from({ length: 200 }, (_, number) => `user${leavers.length + number}`);
-      leavers.push(...(await Promise.all(names.map((name) => enter(server, name)))));
-    }
-    for (const peer of leavers) peer.onlyCounts = true;
-    for (const peer of leavers) {
-      peer.send("bye\n");
-      peer.socket.shutdown();
-    }
-    await Promise.all(leavers.map((peer) => peer.ended.promise));
-    witness.send("/who\n");
-    const heard = await witness.until(present("witness"));
-    for (const suffix of ["] bye", " has joined the chat", " has left the chat"])
-      expect(heard.filter((line) => line.endsWith(suffix))).toHaveLength(2_000);
-  });
+    /** Resets all connections. */
+    drop: () => {
+      for (const guest of guests) guest.socket.terminate();
+    },
+  };
+}
 
-  test("standard output that is closed stops nothing", async () => {
-    const server = await inShell(
-      `exec ${process.execPath} server.ts --port 0 --rate 0 > >(head -n 1)`,
-    );
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(Array.from({ length: 5_000 }, (_, number) => `line ${number}\n`).join(""));
-    expect(await bob.lines(5_000)).toEqual(numbered("alice", 5_000));
-    await stillServes(server, alice, bob);
-    server.process.kill("SIGTERM");
-    expect(await alice.until("* The server is shutting down")).toBeArray();
-    for (const peer of [alice, bob]) peer.socket.end();
-    expect(await server.exited).toBe(0);
-    expect(server.problems).toBe("");
-  });
+// --- A screen
 
-  test("standard output that nobody reads stops nothing, takes little memory, and is told", async () => {
-    // The reader takes the first line, and the rest after a line on its own input.
-    const reader = "(head -n 1; read -r -u 3; exec cat)";
-    const server = await inShell(
-      `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
-    );
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const text = `${"t".repeat(4000)}\n`.repeat(25);
-    const talk = async (times: number) => {
-      for (let time = 0; time < times; time++) {
-        alice.send(text);
-        await bob.lines(25);
-      }
-    };
-    await talk(50);
-    const before = memory(server.process.pid, "VmRSS");
-    await talk(500);
-    expect(memory(server.process.pid, "VmRSS") - before).toBeLessThan(24 * 1024);
-    server.process.stdin.write("\n");
-    // Only what is said after the reader has caught up is printed, so it is said until it is seen.
-    while (!/\(\d+ lines are missing here: nobody read them in time\)/.test(server.output)) {
-      alice.send("again\n");
-      await next(bob);
-    }
-    server.process.stdin.end();
-    await stillServes(server, alice, bob);
-  });
+/** A row of the screen: a cell for each column, and whether the terminal wrapped it by itself. */
+type ScreenRow = { cells: string[]; isWrapped: boolean };
 
-  test("SIGTERM with nobody reading its output ends it all the same", async () => {
-    const reader = "(head -n 1; read -r -u 3)";
-    const server = await inShell(
-      `exec 3<&0; exec ${process.execPath} server.ts --port 0 --rate 0 > >${reader}`,
-    );
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(`${"t".repeat(4000)}\n`.repeat(1_000));
-    await bob.lines(1_000);
-    server.process.kill("SIGTERM");
-    for (const peer of [alice, bob]) {
-      await peer.rest();
-      peer.socket.end();
-    }
-    expect(await server.process.exited).toBe(0);
-    server.process.stdin.end();
-  });
+/**
+ * What a person sees of `output` in a terminal so many columns wide, and where the cursor is. Without
+ * a height nothing is out of reach of the cursor. When it is resized, it wraps its rows anew.
+ */
+function picture(output: string, columns: number, height = Infinity) {
+  let rows: ScreenRow[] = [];
+  let wraps = true;
+  let x = 0;
+  let y = 0;
+  let top = 0; // the first row that the cursor can reach
+  const row = (y: number) => (rows[y] ??= { cells: [], isWrapped: false });
 
-  test("SIGTERM with 1,000 clients: all that was sent before arrives, and the exit code is 0", async () => {
-    const server = await serve("--rate", "0", "--quiet");
-    const names = Array.from({ length: 1_000 }, (_, number) => `user${number}`);
-    const crowd = await Promise.all(names.map((name) => enter(server, name)));
-    const all = await enter(server, "last");
-    for (const peer of crowd) await peer.until("* last has joined the chat");
-    for (const peer of crowd.slice(0, 50)) peer.send(numbered("", 5).join("\n") + "\n");
-    server.process.kill("SIGTERM");
-    const heard = await Promise.all(crowd.map((peer) => peer.rest()));
-    expect(await all.rest()).toHaveLength(251);
-    for (const [place, lines] of heard.entries()) {
-      expect(lines).toHaveLength((place < 50 ? 245 : 250) + 1);
-      expect(lines.at(-1)).toBe("* The server is shutting down");
-    }
-    for (const peer of [...crowd, all]) peer.socket.end();
-    expect(await server.exited).toBe(0);
-  });
-
-  test("SIGKILL, and a new start on the same port at once", async () => {
-    const first = await serve();
-    const alice = await enter(first, "alice");
-    first.process.kill("SIGKILL");
-    await alice.ended.promise;
-    await first.exited;
-    const second = await serve("--port", `${first.port}`);
-    expect(second.port).toBe(first.port);
-    await enter(second, "alice");
-  });
-
-  test("connections that are reset before they are accepted are no error", async () => {
-    const server = await serve("--rate", "0");
-    const alice = await enter(server, "alice");
-    server.process.kill("SIGSTOP");
-    const sockets = Array.from({ length: 20 }, () => createConnection(server.port, "127.0.0.1"));
-    await Promise.all(sockets.map((socket) => once(socket, "connect")));
-    for (const socket of sockets) socket.resetAndDestroy();
-    server.process.kill("SIGCONT");
-    alice.send("/who\n");
-    expect(await alice.line()).toBe(present("alice"));
-    server.process.kill("SIGTERM");
-    await alice.rest();
-    alice.socket.end();
-    expect(await server.exited).toBe(0);
-    expect(server.problems).toBe("");
-  });
-
-  test("an exception that nobody can explain ends the room in good order, with exit code 1", async () => {
-    const fail = 'setTimeout(() => { throw new Error("on purpose") })';
-    const code = `process.on("SIGUSR2", () => ${fail}); (await import("./server.ts")).main();`;
-    const program = new Program(process.execPath, "-e", code, "--", "--port", "0", "--rate", "0");
-    const server = await listening(program);
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(`${numbered("", 1000).join("\n")}\n`);
-    server.process.kill("SIGUSR2");
-    const heard = await bob.rest();
-    expect(heard).toHaveLength(1001);
-    expect(heard.at(-1)).toBe("* The server is shutting down");
-    expect(await alice.rest()).toEqual(["* The server is shutting down"]);
-    for (const peer of [alice, bob]) peer.socket.end();
-    expect(await server.exited).toBe(1);
-    expect(server.problems).toContain("on purpose");
-    expect(server.output).toContain("Server is shutting down");
-  });
-});
-
-// --- The room and its events ---------------------------------------------------------------------
-
-describe("apply", () => {
-  type Row = [event: RoomEvent, heard: string | null, people: string];
-
-  /** Applies events in turn, each with what the room hears of it (null: nothing) and who is here. */
-  function play(...rows: Row[]): void {
-    const room = new Room();
-    for (const [event, heard, people] of rows) {
-      const outcome = apply(room, event);
-      const said = outcome && "heard" in outcome ? outcome.heard : null;
-      const { type, clientId } = event;
-      expect([
-        type,
-        clientId,
-        said,
-        Array.from(room.people.values(), ({ name }) => name).join(" "),
-      ]).toEqual([type, clientId, heard, people]);
-    }
+  function feed(): void {
+    y++;
+    row(y);
+    top = Math.max(top, y - height + 1);
   }
 
-  test("a room is what its events have made of it", () => {
-    play(
-      [{ type: "join", clientId: 1, name: "alice" }, "* alice has joined the chat", "alice"],
-      [{ type: "join", clientId: 2, name: "bob" }, "* bob has joined the chat", "alice bob"],
-      [{ type: "say", clientId: 1, text: "hello" }, "[alice] hello", "alice bob"],
-      [{ type: "join", clientId: 3, name: "ALICE" }, null, "alice bob"],
-      [{ type: "nick", clientId: 2, name: "Alice" }, null, "alice bob"],
-      [{ type: "nick", clientId: 1, name: "Alice" }, "* alice is now called Alice", "Alice bob"],
-      [{ type: "nick", clientId: 1, name: "carol" }, "* Alice is now called carol", "carol bob"],
-      [
-        { type: "join", clientId: 3, name: "alice" },
-        "* alice has joined the chat",
-        "carol bob alice",
-      ],
-      [{ type: "leave", clientId: 1, reason: "" }, "* carol has left the chat", "bob alice"],
-      [{ type: "say", clientId: 3, text: "bye" }, "[alice] bye", "bob alice"],
-      [
-        { type: "leave", clientId: 3, reason: " (too slow)" },
-        "* alice has left the chat (too slow)",
-        "bob",
-      ],
+  function print(character: string): void {
+    const width = Bun.stringWidth(character);
+    if (x + width > columns && wraps) {
+      row(y).isWrapped = true;
+      feed();
+      x = 0;
+    }
+    x = Math.min(x, columns - width);
+    const { cells } = row(y);
+    while (cells.length < x) cells.push(" ");
+    if (width > 0) cells.splice(x, width, character, ...(width === 2 ? [""] : []));
+    else cells[x - 1] += character;
+    x += width;
+  }
+
+  function resize(next: number): void {
+    const old = rows;
+    const cursor = { x, y };
+    rows = [];
+    let line: string[] = []; // what was wrapped
+    for (const [number, { cells, isWrapped }] of old.entries()) {
+      if (number === cursor.y) {
+        y = rows.length + Math.floor((line.length + cursor.x) / next);
+        x = (line.length + cursor.x) % next;
+      }
+      line.push(...cells);
+      if (isWrapped) continue;
+      do rows.push({ cells: line.splice(0, next), isWrapped: line.length > 0 });
+      while (line.length > 0);
+    }
+    columns = next;
+    row(y);
+    top = Math.max(0, rows.length - height);
+  }
+
+  row(0);
+  const pieces = output.matchAll(/\x1b\[([\d;?]*)([A-Za-z])|([^\x1b])/gu);
+  for (const [, parameter = "", code = "", character = ""] of pieces) {
+    const count = Number.parseInt(parameter) || 1;
+    if (code === "A") y = Math.max(top, y - count);
+    else if (code === "C") x = Math.min(columns - 1, x + count);
+    else if (code === "H") {
+      x = 0;
+      y = top;
+    } else if (code === "J" || code === "K") {
+      const { cells } = row(parameter ? top : y);
+      cells.splice(parameter ? 0 : x);
+      row(y).isWrapped = false;
+      if (code === "J") rows.splice((parameter ? top : y) + 1);
+    } else if (parameter === "?7") wraps = code === "h";
+    else if (code === "t") resize(Number(parameter.split(";")[2]));
+    else if (character === "\r") x = 0;
+    else if (character === "\n") feed();
+    else if (character === "\t") x = Math.min(columns - 1, x - (x % 8) + 8);
+    else if (character !== "\x07" && !code) print(character);
+  }
+
+  const toLines = (shown: readonly ScreenRow[]) =>
+    Array.from(shown, (row) =>
+      (row?.cells ?? [])
+        .join("")
+        .trimEnd()
+        .replace(/^\d\d:\d\d /, ""),
     );
-  });
+  const text = toLines(rows).join("\n").trimEnd(); // without the times
+  const { cells } = row(y);
+  const marked = [...cells.slice(0, x), ...Array(Math.max(0, x - cells.length)).fill(" "), "|"];
+  marked.push(...cells.slice(x));
+  rows[y] = { cells: marked, isWrapped: false };
+  return { text, x, y, marked: toLines(rows).join("\n").trimEnd() }; // `|` stands where the cursor is
+}
 
-  test("an event that comes too late changes nothing", () => {
-    play(
-      [{ type: "say", clientId: 1, text: "hello" }, null, ""],
-      [{ type: "nick", clientId: 1, name: "alice" }, null, ""],
-      [{ type: "leave", clientId: 1, reason: "" }, null, ""],
-      [{ type: "join", clientId: 1, name: "alice" }, "* alice has joined the chat", "alice"],
-      [{ type: "join", clientId: 1, name: "bob" }, null, "alice"],
-      [{ type: "leave", clientId: 1, reason: "" }, "* alice has left the chat", ""],
-      [{ type: "leave", clientId: 1, reason: "" }, null, ""],
-      [{ type: "say", clientId: 1, text: "hello" }, null, ""],
-    );
-  });
+// --- Certificates
 
-  test("a name that only looks like another one is not called taken", () => {
-    for (const [held, name] of [
-      ["Torn", "Tom"],
-      ["Tom", "Torn"],
-      ["alice", "aIice"],
-    ] as const) {
-      const room = new Room();
-      apply(room, { type: "join", clientId: 1, name: held });
-      const refused = `* The name ${name} looks like one that is taken.`;
-      expect(apply(room, { type: "join", clientId: 2, name })).toEqual({ refused });
-    }
-  });
+type Certificate = { cert: string; key: string; ca: string }; // two files, and the text of the first
 
-  test("a name is refused in words, at that point of the order", () => {
-    const room = new Room();
-    const refuse = (name: string) => apply(room, { type: "join", clientId: 9, name });
-    expect(refuse("")).toEqual({ refused: NAME_RULE });
-    expect(refuse("a".repeat(129))).toEqual({ refused: NAME_RULE });
-    expect(refuse("bоb")).toEqual({ refused: SCRIPT_RULE });
-    apply(room, { type: "join", clientId: 1, name: "bob" });
-    expect(refuse("Bob")).toEqual({ refused: "* The name Bob is taken." });
-    expect(refuse("b0b")).toEqual({ refused: "* The name b0b looks like one that is taken." });
-    apply(room, { type: "nick", clientId: 1, name: "bob2" });
-    expect(refuse("b0b")).toMatchObject({ heard: "* b0b has joined the chat" });
-  });
+const folder = fs.mkdtempSync(`${tmpdir()}/bun-chat-`);
+afterAll(() => fs.rmSync(folder, { recursive: true }));
 
-  test("all keys of a name are free when its holder has left or has another one", () => {
-    const room = new Room();
-    for (const name of ["mam", "Ill", "Straße", "Аӏісе"]) {
-      apply(room, { type: "join", clientId: 1, name });
-      apply(room, { type: "nick", clientId: 1, name: "someone" });
-      apply(room, { type: "leave", clientId: 1, reason: "" });
-    }
-    expect(room).toEqual(new Room());
-  });
+async function openssl(...args: string[]): Promise<void> {
+  expect(await Bun.spawn(["openssl", ...args], { stderr: "ignore" }).exited).toBe(0);
+}
 
-  test("the same events make the same room, whatever they are", () => {
-    const random = randomNumbers(5);
-    const names = ["bob", "Bob", "b0b", "ΤΟΜ", "Tom", "mam", "rnarn", "", "bоb", "Zoë", "a b"];
-    const events = Array.from({ length: 3000 }, (): RoomEvent => {
-      const clientId = random(8);
-      const name = names[random(names.length)] ?? "";
-      const kinds: RoomEvent[] = [
-        { type: "join", clientId, name },
-        { type: "nick", clientId, name },
-        { type: "say", clientId, text: name },
-        { type: "leave", clientId, reason: "" },
-      ];
-      return kinds[random(4)] ?? { type: "say", clientId, text: "" };
-    });
-    const [one, other] = [new Room(), new Room()];
-    for (const event of events) {
-      expect(apply(one, event)).toEqual(apply(other, event));
-      // Nobody holds a name that somebody else holds, nor keeps one after leaving.
-      const holders = new Set(one.owners.values());
-      expect(Array.from(holders).sort()).toEqual(Array.from(one.people.keys()).sort());
-    }
-    expect(one).toEqual(other);
-  });
-});
+/** Makes a certificate, self-signed unless told otherwise, in the way that the README describes. */
+async function makeCertificate(
+  name: string,
+  hosts = "DNS:localhost,IP:127.0.0.1",
+  ...more: string[]
+): Promise<Certificate> {
+  const cert = `${folder}/${name}-cert.pem`;
+  const key = `${folder}/${name}-key.pem`;
+  const newKey = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"];
+  const subject = ["-subj", `/CN=${name}`, "-addext", `subjectAltName=${hosts}`];
+  const files = ["-keyout", key, "-out", cert];
+  await openssl("req", "-x509", ...newKey, "-days", "2", ...subject, ...files, ...more);
+  return { cert, key, ca: await Bun.file(cert).text() };
+}
 
-// --- Strangers -------------------------------------------------------------------------------------
+/** A certificate that is valid only later: made with `openssl ca`, which takes a date. */
+async function makeFutureCertificate(): Promise<Certificate> {
+  const { cert, key } = await makeCertificate("future");
+  const request = `${folder}/future.csr`;
+  const settings = `${folder}/future.cnf`;
+  fs.writeFileSync(`${folder}/future.db`, "");
+  fs.writeFileSync(
+    settings,
+    `[ca]\ndefault_ca = one\n[one]\ndatabase = ${folder}/future.db\nrand_serial = yes
+new_certs_dir = ${folder}\ndefault_md = sha256\npolicy = any\nx509_extensions = hosts
+[any]\ncommonName = supplied\n[hosts]\nsubjectAltName = IP:127.0.0.1\n`,
+  );
+  await openssl("req", "-new", "-key", key, "-subj", "/CN=future", "-out", request);
+  const dates = ["-startdate", "20900101000000Z", "-enddate", "20910101000000Z"];
+  const files = ["-in", request, "-out", cert, "-keyfile", key, "-config", settings];
+  await openssl("ca", "-batch", "-selfsign", "-notext", ...dates, ...files);
+  return { cert, key, ca: await Bun.file(cert).text() };
+}
 
-describe("names of all the world", () => {
-  const WELCOME_NAMES = `
-    Zoë Øyvind Łukasz Þórdís Ağaoğlu İpek Çınar Győző Đorđe Nguyễn Trần Ştefan Ñusta Āria Ǹjídékà Ọláolú
-    Ɛfua Ŋaaba Алиса7 Юрий Їжак Ђорђе Ғабит Өнөр Ελένη Άννα Πλάτων Արամ Գոհար თამარ נועם אליס שָׂרָה
-    محمد أحمد فاطمه پریسا ژاله ރަޝީދު राम कृष्ण श्री ज़ेंडाया সুমন ਗੁਰਪ੍ਰੀਤ પ્રિયા ଜଗନ୍ନାଥ தமிழ் శ్రీ ಕಾವ್ಯ
-    ശ്രീജ සුනිල් สมชาย นิ่ม ນາງ ဖြိုး မျိုး သူရ កុសល ចាន់ སྒྲོལ བསྟན አበበ ሰላም 小明 王芳 佐々木 たろう
-    マリー ハナコ 山田たろう 김철수 金민지 ㄋㄚㄋㄚ ᏣᎳᎩ ᐃᓄᒃ ⴰⵎⴰⵢⴰⵙ ߒߞߏ ꓡꓲꓢꓴ ᠪᠠᠲᠤ ꦱꦫꦶ ᱥᱟᱱ 𞤀𞤣𞤤𞤢𞤥 7 x1 राम७ علی٣
-    ශ්‍රී චන්ද්‍රිකා कर्‍हाडे علی‌رضا 𐓏𐓘𐓻 ᯅᯖᯂ ᨅᨔ ᜆᜄᜎᜓ ꚠꛁ 𖼐𖼕 ẹ̀kọ́ m̧ajel̗ G̃uasu`;
+const certificate = await makeCertificate("first");
+const renewed = await makeCertificate("second");
 
-  test.each(WELCOME_NAMES.trim().split(/\s+/))("%s is welcome", (name) => {
-    expect(apply(new Room(), { type: "join", clientId: 1, name })).toEqual({
-      heard: `* ${name.normalize("NFKC")} has joined the chat`,
-      logged: `User ${name.normalize("NFKC")} has joined the chat.`,
-    });
-  });
+// --- 3. Text and names -------------------------------------------------------------------------
+
+describe("text", () => {
+  const CONTROLS = times(0xa0, (code) => String.fromCharCode(code)).filter((character) =>
+    /[^\P{Cc}\t]/u.test(character),
+  );
 
   test.each([
-    "аlice",
-    "Вob",
-    "aλ",
-    "яλ",
-    "bob7я",
-    "bօb",
-    "b໐b",
-    "bo७b",
-    "小明Bob",
-    "たろうTaro",
-    "aʼ",
-    "aː",
-    "bob\u02b9",
-    "بـوب",
-    "bx\u0301\u0302\u0303b",
-    "ка\u064bт",
-    "राम\u0b3c",
-    "ᴀlice",
-    "bob\ua78c",
-    "Ⲁⲛ",
-    "T\u0335om",
-    "O\u0338le",
-    "A\u0366sa",
-    "ab\u0363",
-  ])("%s is not written in one script, or is ornate, and is refused", (name) => {
-    expect(apply(new Room(), { type: "join", clientId: 1, name })).toEqual({
-      refused: SCRIPT_RULE,
-    });
-  });
-
-  // Each row is a name that is taken, and what must not get in while it is.
-  test.each([
-    [
-      "alice",
-      "ALICE aIice a1ice aliсe аlice Аӏісе ɑlice alıce aӏice alɩce Αlice aǀice ａlice 𝒂lice",
-    ],
-    ["bob", "BOB b0b B0B bоb bοb bօb ΒΟΒ ВОВ Ьоь Ƅoƅ b໐b b०b Ꮟob ᗷOᗷ ꓐꓳꓐ"],
-    ["Tom", "tom TOM ΤΟΜ ТОМ T0m Tοm Tоm ꓔꓳꓟ Torn ТОM"],
-    ["mam", "rnam marn rnarn MAM"],
-    ["Ill", "lll I1l 111 ӀӀӀ ΙΙΙ I11"],
-    ["Tim", "Ti\u0307m Tı\u0307m Tі\u0307m"],
-    ["jim", "j\u0307im ji\u0307m"],
-    ["Şule", "Șule"],
-    ["Doğan", "Doǧan"],
-    ["Ôto", "Ȏto"],
-    ["Ņina", "Ɲina"],
-    ["Įva", "ɭva"],
-    ["ÇECA", "ҪЕСА"],
-    ["ãp", "ᾶρ"],
-    ["३२८", "૩૨૮ 328"],
-    ["٣٤٦", "۳۴۶ 346"],
-    ["០០", "00 OO oo ०० ໐໐"],
-    ["Đuro", "Ðuro"],
-    ["ශ්‍රී", "ශ්රී"],
-    ["ΑΝΝΑ", "ANNA anna Anna"],
-    ["Сара", "Capa CAPA"],
-    ["nina", "ΝΙΝΑ"],
-    ["опоо", "oпoo oπoo οποο"],
-    ["пакот", "πακοτ"],
-    ["user10", "user1O userI0 userl0 useг10"],
-    ["Straße", "STRASSE strasse StraSSe"],
-    ["naïve", "naїve NAÏVE nаїve"],
-    ["Ես", "Եu"],
-    ["нос", "HOC"],
-  ])("while %s is here, nobody gets in as one of %s", (held, others) => {
-    for (const name of others.split(" ")) {
-      const room = new Room();
-      apply(room, { type: "join", clientId: 1, name: held });
-      const looks = `${name.normalize("NFKC")}`;
-      const outcome = apply(room, { type: "join", clientId: 2, name });
-      const expected = [
-        { refused: SCRIPT_RULE },
-        { refused: NAME_RULE },
-        { refused: `* The name ${looks} is taken.` },
-        { refused: `* The name ${looks} looks like one that is taken.` },
-      ];
-      expect(expected).toContainEqual(outcome as { refused: string });
-    }
-  });
-
-  test.each([
-    ["Lia", "Ila"],
-    ["Ian", "Lan"],
-    ["Iida", "Lida"],
-    ["İpek", "Ipek"],
-    ["Ali", "All"],
-    ["Вова", "Bob"],
-    ["Ян", "Яна"],
-    ["user1", "user2"],
-    ["Marta", "Marna"],
-    ["Sam", "5am"],
-    ["Αννα", "Ανα"],
-    ["王", "玉"],
-  ])("%s and %s are two people", (one, other) => {
-    const room = new Room();
-    apply(room, { type: "join", clientId: 1, name: one });
-    expect(apply(room, { type: "join", clientId: 2, name: other })).toHaveProperty("heard");
-  });
-});
-
-describe("clean text", () => {
-  test.each([
-    ["left-to-right and right-to-left marks", "a\u200e\u200f\u061cb", "ab"],
-    ["a byte order mark", "\ufeffa\ufeffb", "ab"],
+    ["controls but the tab", `a${CONTROLS.join("")}\tb`, "a\tb"],
+    ["an escape sequence, but its letters", "\u001b[31mred\u009b0m", "[31mred0m"],
+    ["line separators", "a\u2028\u2029\u0085b", "ab"],
+    ["marks of direction", "a\u200e\u200f\u061cb", "ab"],
+    ["changes of direction", "a\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069b", "ab"],
+    ["byte order marks", "\ufeffa\ufeffb", "ab"],
     ["interlinear annotations", "a\ufff9b\ufffac\ufffbd", "abcd"],
     ["tags", "a\u{e0001}\u{e0041}\u{e007f}b", "ab"],
-    ["bidirectional controls", "a\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069b", "ab"],
-    ["line separators", "a\u2028\u2029\u0085b", "ab"],
-    ["an escape sequence", "\u001b[31mred\u009b0m", "[31mred0m"],
-    [
-      "hundreds of marks on one letter",
-      `a${"\u0301\u0302".repeat(200)}b`,
-      "a\u0301\u0302\u0301\u0302b",
-    ],
-    ["marks between joiners", `a${"\u0301\u200d".repeat(50)}b`, "a\u0301\u200d\u0301\u200db"],
-    [
-      "marks between what cannot be seen",
-      `a${"\u0301\u034f".repeat(50)}b`,
-      "a\u0301\u034f\u0301\u034fb",
-    ],
-    ["enclosing marks", `a${"\u20dd".repeat(9)}`, `a${"\u20dd".repeat(4)}`],
-    [
-      "marks between those that have a width",
-      `a${"\u0301\u0903".repeat(50)}b`,
-      `a${"\u0301\u0903".repeat(4)}b`,
-    ],
-    ["vowels of Hangul", `가${"\u1161".repeat(99)}b`, `가${"\u1161".repeat(4)}b`],
-    [
-      "marks between format controls",
-      `a${"\u0301\u070f".repeat(50)}b`,
-      "a\u0301\u070f\u0301\u070fb",
-    ],
-  ])("%s", (_, sent, shown) => {
+    ["the fifth mark on a letter", `a${"\u0301\u0302".repeat(99)}b`, "a\u0301\u0302\u0301\u0302b"],
+    ["marks with joiners", `a${"\u0301\u200d".repeat(9)}b`, "a\u0301\u200d\u0301\u200db"],
+    ["marks with format controls", `a${"\u0301\u070f".repeat(9)}`, "a\u0301\u070f\u0301\u070f"],
+    ["marks with the invisible", `a${"\u0301\u034f".repeat(9)}b`, "a\u0301\u034f\u0301\u034fb"],
+    ["marks over marks with a width", "\u0301\u0903".repeat(9), "\u0301\u0903".repeat(4)],
+    ["the fifth enclosing mark", `a${"\u20dd".repeat(9)}`, `a${"\u20dd".repeat(4)}`],
+    ["the fifth vowel of Hangul", `가${"\u1161".repeat(9)}b`, `가${"\u1161".repeat(4)}b`],
+  ])("loses %s", (_, sent, shown) => {
     expect(cleanText(sent)).toBe(shown);
   });
 
   test.each([
-    "plain text, \ttabbed",
+    "plain text,  with two  blanks and a\ttab ",
     "👩🏽‍🚀 👨‍👩‍👧‍👦 ❤️ 1️⃣ 🏳️‍🌈 🇩🇪",
     "می‌روم",
     "क्‍ष श्री ज़ेंडाया",
@@ -2788,183 +917,828 @@ describe("clean text", () => {
     "Tiếng Việt, é ê\u0323",
     "བསྒྲུབས",
     "漢\u{e0100}字",
-  ])("%j stays as it is", (text) => {
+  ])("stays as it is: %j", (text) => {
     expect(cleanText(text)).toBe(text);
   });
 });
 
-describe("a first line", () => {
+describe("a name", () => {
+  const join = (name: string, ...taken: string[]) => {
+    const room = new Room();
+    for (const [clientId, name] of taken.entries()) apply(room, { type: "join", clientId, name });
+    const outcome = apply(room, { type: "join", clientId: 99, name });
+    return outcome && "refused" in outcome ? outcome.refused : "welcome";
+  };
+
+  const ALL_THE_WORLD = `
+    Zoë Øyvind Łukasz Þórdís Ağaoğlu İpek Çınar Győző Đorđe Nguyễn Trần Ştefan Ñusta Āria Ǹjídékà Ọláolú
+    Ɛfua Ŋaaba Алиса7 Юрий Їжак Ђорђе Ғабит Өнөр Ελένη Άννα Πλάτων Արամ Գոհար თამარ נועם אליס שָׂרָה
+    محمد أحمد فاطمه پریسا ژاله ރަޝީދު राम कृष्ण श्री ज़ेंडाया সুমন ਗੁਰਪ੍ਰੀਤ પ્રિયા ଜଗନ୍ନାଥ தமிழ் శ్రీ ಕಾವ್ಯ
+    ശ്രീജ සුනිල් สมชาย นิ่ม ນາງ ဖြိုး မျိုး သူရ កុសល ចាន់ སྒྲོལ བསྟན አበበ ሰላም 小明 王芳 佐々木 たろう
+    マリー ハナコ 山田たろう 김철수 金민지 ㄋㄚㄋㄚ ᏣᎳᎩ ᐃᓄᒃ ⴰⵎⴰⵢⴰⵙ ߒߞߏ ꓡꓲꓢꓴ ᠪᠠᠲᠤ ꦱꦫꦶ ᱥᱟᱱ 𞤀𞤣𞤤𞤢𞤥 7 x1 राम७ علی٣
+    ශ්‍රී චන්ද්‍රිකා कर्‍हाडे علی‌رضا 𐓏𐓘𐓻 ᯅᯖᯂ ᨅᨔ ᜆᜄᜎᜓ ꚠꛁ 𖼐𖼕 ẹ̀kọ́ m̧ajel̗ G̃uasu a 7 𝒜lice ${"a".repeat(32)}`;
+  test.each(ALL_THE_WORLD.trim().split(/\s+/))("is welcome in any language: %s", (name) => {
+    expect(join(name)).toBe("welcome");
+  });
+
   test.each([
-    ["a zero byte in it", "b\0ob\n"],
-    ["an escape in it", "b\u001bob\n"],
-    ["a return in it", "bo\rb\n"],
-    ["a mark of direction in it", "bob\u200f\n"],
-    ["a byte order mark before it", "\ufeffbob\n"],
-    ["127 letters too many", `${"b".repeat(159)}\n`],
-    ["4,000 marks", `a${"\u0315\u0300\u05b0".repeat(700)}\n`],
-    ["much without a newline", "x".repeat(600)],
-    ["an HTTP request", "GET / HTTP/1.1\r\nHost: x\r\n\r\nmallory\nhello\n"],
-    ["a WebSocket handshake", "GET /chat HTTP/1.1\nUpgrade: websocket\n\nmallory\nhello\n"],
-    ["the preface of HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmallory\nhello\n"],
-  ])("with %s ends the connection, and nothing of it is heard", async (_, bytes) => {
-    const server = open();
-    const alice = await enter(server, "alice");
-    const mallory = await greeted(server);
+    ["empty", ""],
+    ["33 letters long", "a".repeat(33)],
+    ["129 letters long, which nothing looks at", "a".repeat(129)],
+    ["with blanks or punctuation", " ,two words,dot.ted,[x],*,-dash"],
+    ["an emoji, or what bad UTF-8 becomes", "😀,\ufffd"],
+    ["a mark alone, or a number that falls apart into a fraction", "\u0301,\u00bd"],
+    ["invisible, or with something invisible", "\u3164,bo\u034fb,b\u001bob,bob\u200f,\ufeffbob"],
+  ])("is none when it is %s", (_, names) => {
+    for (const name of names.split(",")) expect(join(name)).toBe(NAME_RULE);
+  });
+
+  const MIXED_OR_ORNATE = `
+    аlice Вob aλ яλ bob7я bօb b໐b bo७b 小明Bob たろうTaro aʼ aː bob\u02b9 بـوب bx\u0301\u0302\u0303b ка\u064bт राम\u0b3c
+    ᴀlice bob\ua78c Ⲁⲛ T\u0335om O\u0338le A\u0366sa ab\u0363`;
+  test.each(MIXED_OR_ORNATE.trim().split(/\s+/))(
+    "is refused when it mixes scripts or is ornate: %s",
+    (name) => {
+      expect(join(name)).toBe(SCRIPT_RULE);
+    },
+  );
+
+  test.each([
+    ["good", "good GOOD ｇｏｏｄ"],
+    ["Straße", "STRASSE strasse STRAẞE"],
+    ["Zoe\u0308", "ZOË zoë"],
+    ["ΟΔΥΣΣΕΥΣ", "οδυσσευς"],
+    ["ශ්‍රී", "ශ්රී"], // with and without a joiner
+  ])("is taken in other spellings, too: %s, %s", (held, others) => {
+    for (const name of others.split(" "))
+      expect(join(name, held)).toBe(`* The name ${name.normalize("NFKC")} is taken.`);
+  });
+
+  // Each row is a name that is taken, and what must not get in while it is, for whatever reason.
+  const LOOK_ALIKES = `
+    alice aIice a1ice aliсe аlice Аӏісе ɑlice alıce aӏice alɩce Αlice aǀice ａlice 𝒂lice
+    bob b0b B0B bоb bοb bօb ΒΟΒ ВОВ Ьоь Ƅoƅ b໐b b०b Ꮟob ᗷOᗷ ꓐꓳꓐ
+    Tom ΤΟΜ ТОМ T0m Tοm Tоm ꓔꓳꓟ Torn ТОM, Torn Tom, mam rnarn marn rnam MAM
+    Ill lll I1l 111 ӀӀӀ ΙΙΙ I11, user1 userI userl, 002 OO2 oo2
+    Tim Ti\u0307m Tı\u0307m Tі\u0307m, jim j\u0307im ji\u0307m, naïve naїve NAÏVE nаїve
+    Şule Șule, Doğan Doǧan, Ôto Ȏto, Ņina Ɲina, Įva ɭva, ÇECA ҪЕСА, ãp ᾶρ, Đuro Ðuro
+    ३२८ ૩૨૮ 328, ٣٤٦ ۳۴۶ 346, ០០ 00 OO oo ०० ໐໐
+    ΑΝΝΑ ANNA anna Anna, Сара Capa CAPA, nina ΝΙΝΑ, опоо oпoo oπoo οποο, пакот πακοτ
+    Ες Եu, нос HOC`;
+  test.each(LOOK_ALIKES.split(/,|\n    /).slice(1))(
+    "is refused when it looks like another one: %s",
+    (row) => {
+      const [held = "", ...others] = row.trim().split(/\s+/);
+      for (const name of others) {
+        const looks = `* The name ${name.normalize("NFKC")} looks like one that is taken.`;
+        const taken = looks.replace("looks like one that is taken", "is taken");
+        expect([looks, taken, SCRIPT_RULE]).toContain(join(name, held));
+      }
+    },
+  );
+
+  const DIFFERENT = `Lia-Ila Ian-Lan Iida-Lida İpek-Ipek Ali-All Вова-Bob Ян-Яна user1-user2 Marta-Marna
+    Sam-5am Αννα-Ανα 王-玉`;
+  test.each(DIFFERENT.split(/\s+/))("may differ so little from another one: %s", (pair) => {
+    const [held = "", name = ""] = pair.split("-");
+    expect(join(name, held)).toBe("welcome");
+  });
+});
+
+// --- 4. The room -------------------------------------------------------------------------------
+
+describe("the room", () => {
+  const join = (clientId: number, name: string): RoomEvent => ({ type: "join", clientId, name });
+  const say = (clientId: number, text: string): RoomEvent => ({ type: "say", clientId, text });
+  const nick = (clientId: number, name: string): RoomEvent => ({ type: "nick", clientId, name });
+  const leave = (clientId: number, reason = ""): RoomEvent => ({ type: "leave", clientId, reason });
+
+  test("is what its events have made of it", () => {
+    const rows: [event: RoomEvent, heard: string | null, people: string][] = [
+      // Events of somebody who is not here change nothing.
+      [say(1, "hello"), null, ""],
+      [nick(1, "alice"), null, ""],
+      [leave(1), null, ""],
+
+      [join(1, "alice"), "* alice has joined the chat", "alice"],
+      [join(1, "bob"), null, "alice"],
+      [join(2, "ｂob"), "* bob has joined the chat", "alice bob"],
+      [say(1, "hello"), "[alice] hello", "alice bob"],
+
+      // One name, one person. Another case of one's own name is another name.
+      [join(3, "ALICE"), null, "alice bob"],
+      [nick(2, "Alice"), null, "alice bob"],
+      [nick(1, "alice"), null, "alice bob"],
+      [nick(1, "Alice"), "* alice is now called Alice", "Alice bob"],
+
+      // A name is free when nobody has it any more, and so is what looks like it.
+      [nick(1, "carol"), "* Alice is now called carol", "carol bob"],
+      [join(3, "a1ice"), "* a1ice has joined the chat", "carol bob a1ice"],
+      [leave(1), "* carol has left the chat", "bob a1ice"],
+      [leave(1), null, "bob a1ice"],
+      [leave(2, " (too slow)"), "* bob has left the chat (too slow)", "a1ice"],
+    ];
+    const room = new Room();
+    for (const [event, heard, people] of rows) {
+      const outcome = apply(room, event);
+      const said = outcome && "heard" in outcome ? outcome.heard : null;
+      const names = Array.from(room.people.values(), ({ name }) => name).join(" ");
+      expect({ event, said, names }).toEqual({ event, said: heard, names: people });
+    }
+  });
+
+  test("keeps nothing of a name that is gone", () => {
+    const room = new Room();
+    for (const name of ["mam", "Ill", "Straße", "Аӏісе"]) {
+      apply(room, join(1, name));
+      apply(room, nick(1, "someone"));
+      apply(room, leave(1));
+    }
+    expect(room).toEqual(new Room());
+  });
+});
+
+// --- 5. The protocol ---------------------------------------------------------------------------
+
+describe("joining", () => {
+  test("a newcomer gets the roster of those who are here now", async () => {
+    const room = open();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const rosterOf = async (name: string) => {
+      const peer = await greeted(room);
+      peer.send(`${name}\n`);
+      return (await peer.line()).replace("* The room contains: ", "");
+    };
+    expect(await rosterOf("carol")).toBe("alice, bob");
+    expect(await rosterOf("dave")).toBe("alice, bob, carol");
+    bob.send("/quit\n");
+    await alice.until("* bob has left the chat");
+    expect(await rosterOf("erin")).toBe("alice, carol, dave");
+    alice.send("/nick anna\n");
+    await alice.until("* alice is now called anna");
+    expect(await rosterOf("frank")).toBe("anna, carol, dave, erin");
+    expect(await rosterOf("grace")).toBe("anna, carol, dave, erin, frank");
+  });
+
+  test("a stranger hears nothing of the room, and the room nothing of the stranger", async () => {
+    const room = open();
+    const alice = await enter(room, "alice");
+    const stranger = await greeted(room);
+    alice.send("anybody?\n");
+    const bob = await enter(room, "bob");
+    expect(await alice.line()).toBe("* bob has joined the chat");
+    stranger.socket.shutdown();
+    expect(await stranger.rest()).toEqual([]);
+    bob.send("hi\n");
+    expect(await alice.line()).toBe("[bob] hi");
+  });
+
+  test("of 300 who join at once, each gets a roster of its own and hears of all later ones", async () => {
+    const room = open();
+    const names = times(300, (number) => "語".repeat(29) + (number + 100));
+    const crowd = await Promise.all(names.map(() => greeted(room)));
+    for (const [place, peer] of crowd.entries()) peer.send(`${names[place]}\n`);
+    for (const [place, peer] of crowd.entries()) {
+      const roster = (await peer.line()).match(/語+\d+/g) ?? [];
+      const later = await peer.lines(names.length - 1 - roster.length);
+      const others = [...roster, ...later.map((line) => line.split(" ")[1] ?? "")];
+      expect(others.toSorted()).toEqual(names.toSpliced(place, 1));
+    }
+    expect(namesIn(room)).toEqual(names);
+  });
+
+  const HTTP = "POST / HTTP/1.1\r\nHost: x\r\n\r\nmallory\nhello\n";
+  const FORGED = "2026-01-01 00:00:00 Server is shutting down";
+  test.each([
+    ["two words", "two words\n", NAME_RULE, "two words"],
+    ["bad UTF-8", Buffer.from([0xff, 0xfe, 10]), NAME_RULE, "\ufffd\ufffd"],
+    ["controls", `"\u001b[31m\r${FORGED}\u2028\u202e\\\n`, NAME_RULE, `"[31m${FORGED}\\`],
+    ["a zero byte", "b\0ob\n", NAME_RULE, "bob"],
+    ["too many letters", `${"b".repeat(500)}\n`, NAME_RULE, "b".repeat(128)],
+    ["much, and no newline", "x".repeat(600), NAME_RULE, null],
+    ["an HTTP request", HTTP, NAME_RULE, "POST / HTTP/1.1"],
+    ["a WebSocket handshake", "GET /chat HTTP/1.1\nmallory\n", NAME_RULE, "GET /chat HTTP/1.1"],
+    ["HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmallory\n", NAME_RULE, "PRI * HTTP/2.0"],
+    ["mixed scripts", "bоb\n", SCRIPT_RULE, "bоb"],
+    ["a name in use", "ALICE\n", "* The name ALICE is taken.", "ALICE"],
+    ["a look-alike", "a1ice\n", "* The name a1ice looks like one that is taken.", "a1ice"],
+  ])("a first line with %s is refused, which only the log tells", async (_, bytes, why, quoted) => {
+    const { room, log } = openLogged();
+    const alice = await enter(room, "alice");
+    const mallory = await greeted(room);
     mallory.send(bytes);
-    const answer = await mallory.rest();
-    expect(answer).toEqual([NAME_RULE]);
-    await enter(server, "bob");
+    expect(await mallory.rest()).toEqual([why]);
+    const gave = quoted === null ? "" : ` It gave ${JSON.stringify(quoted)}`;
+    expect(log.slice(2)).toEqual([
+      "New connection from 127.0.0.1:PORT",
+      `Refused 127.0.0.1:PORT: ${why.slice(2)}${gave}`,
+    ]);
+    await enter(room, "bob");
     expect(await alice.line()).toBe("* bob has joined the chat");
   });
 
-  test("that is a TLS hello ends the connection, wherever its random bytes hold a newline", async () => {
-    const log: string[] = [];
-    const server = open({ log: (event) => log.push(event) });
-    const alice = await enter(server, "alice");
-    const random = randomNumbers(7);
-    const hellos = Array.from({ length: 300 }, (_, number) => {
-      const bytes = Buffer.from(Array.from({ length: 120 }, () => random(256)));
-      bytes.set([0x16, 0x03, random(4), 0x00, 0xf4, 0x01]);
-      bytes.write("\nmallory\nhello\n", 6 + random(60));
-      return [bytes, bytes.subarray(0, 1 + (number % 80)), bytes.subarray(1 + (number % 80))];
-    });
-    await Promise.all(
-      hellos.map(async ([whole, head, tail], number) => {
-        const peer = await greeted(server);
-        if (!whole || !head || !tail) throw new Error();
-        if (number % 2 === 0) peer.send(whole);
-        else peer.send(head);
-        if (number % 2 === 1) peer.send(tail);
-        expect(await peer.rest()).toEqual([]);
-      }),
-    );
-    await enter(server, "bob");
-    expect(await alice.line()).toBe("* bob has joined the chat");
-    expect(log.filter((event) => event.endsWith(": it speaks TLS"))).toHaveLength(300);
+  test("a TLS hello ends the connection, even if a newline and a name are in it", async () => {
+    const { room, log } = openLogged();
+    const alice = await enter(room, "alice");
+    const hello = Buffer.from("\x16\x03\x01\x00\xf4\x01\x02\nmallory\nhello\n", "latin1");
+    for (let size = 1; size < hello.length; size++) {
+      const peer = await greeted(room);
+      peer.send(hello.subarray(0, size));
+      expect(await peer.rest()).toEqual([]);
+      expect(log.at(-1)).toBe("Refused 127.0.0.1:PORT: it speaks TLS");
+    }
+    expect(await alice.ping()).toEqual([]);
   });
 
-  test("is not normalized, nor is any other word, unless it is short", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    // Marks in descending order of their class, which take time that grows with its square.
-    const marks = `a${"\u0315\u0300\u05b0".repeat(600)}`;
+  test("a long name is not normalized, which would take time that grows with its square", async () => {
+    const stranger = await greeted(open());
     const { normalize } = String.prototype;
     let longest = 0;
     String.prototype.normalize = function (...form: [string?]) {
       longest = Math.max(longest, this.length);
       return normalize.apply(this, form);
     };
-    try {
-      for (const command of [
-        `/msg ${marks} x`,
-        `/nick ${marks}`,
-        `/${marks}`,
-        `/who ${marks}`,
-        marks,
-      ])
-        alice.send(`${command}\n`.repeat(5));
-      alice.send("done\n");
-      await bob.until("[alice] done");
-      const stranger = await greeted(server);
-      stranger.send(`${marks}\n`);
-      expect(await stranger.rest()).toEqual([NAME_RULE]);
-    } finally {
-      String.prototype.normalize = normalize;
-    }
+    cleanups.push(() => (String.prototype.normalize = normalize));
+    // Marks in descending order of their class take longest.
+    stranger.send(`a${"\u0315\u0300\u05b0".repeat(600)}\n`);
+    expect(await stranger.rest()).toEqual([NAME_RULE]);
     expect(longest).toBeLessThanOrEqual(128);
   });
 });
 
-describe("budgets", () => {
-  /** A room that limits addresses, as on a network. */
-  const openToNetwork = (options: Partial<ServerOptions> = {}) =>
-    open({ rate: 10, maxPerAddress: 64, ...options });
+describe.each(BOTH_WAYS)("messages, %s", (_, openRoom) => {
+  test("go to all but their sender, in one order", async () => {
+    const room = openRoom();
+    const names = called("user", 40);
+    const crowd = await enterAll(room, ...names);
+    for (const line of numbered(50)) for (const peer of crowd.slice(0, 5)) peer.send(`${line}\n`);
 
-  /** Lets the event loop do whatever it can do without the time passing. */
-  async function settle(): Promise<void> {
-    for (let turn = 0; turn < 200; turn++) await new Promise((resolve) => setImmediate(resolve));
+    const [first = [], ...others] = await Promise.all(
+      crowd.slice(5).map((peer) => peer.lines(250)),
+    );
+    for (const lines of others) expect(lines).toEqual(first);
+    for (const [place, peer] of crowd.slice(0, 5).entries()) {
+      const isOwn = (line: string) => line.startsWith(`[user${place}] `);
+      expect(first.filter(isOwn)).toEqual(numbered(50, `user${place}`));
+      expect(await peer.lines(200)).toEqual(first.filter((line) => !isOwn(line)));
+    }
+  });
+
+  test("arrive complete and in order, 20,000 at once", async () => {
+    const [alice, bob] = await enterAll(openRoom(), "alice", "bob");
+    alice.send(toText(numbered(20_000)));
+    expect(await bob.lines(20_000)).toEqual(numbered(20_000, "alice"));
+  });
+
+  test("may come in one packet with the name and the FIN", async () => {
+    const room = openRoom();
+    const alice = await enter(room, "alice");
+    const bob = await greeted(room);
+    bob.send("bob\nhi\n/who\n");
+    bob.socket.shutdown();
+    expect(await bob.rest()).toEqual(["* The room contains: alice", present("alice", "bob")]);
+    const heard = ["* bob has joined the chat", "[bob] hi", "* bob has left the chat"];
+    expect(await alice.lines(3)).toEqual(heard);
+  });
+});
+
+describe("a line", () => {
+  test("is the same however its bytes are cut up, and whatever they are", async () => {
+    const room = open();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const random = randomNumbers(2);
+    for (let round = 0; round < 40; round++) {
+      const heard: string[] = [];
+      const pieces = times(8, () => [
+        Buffer.from(times(random(30), () => random(256))),
+        Buffer.from(["é", "漢", "👍", "\u202e", " ", "\r", "\r\n", "\n\n", "\t"][random(9)] ?? ""),
+        Buffer.from("x".repeat(random(12) === 0 ? 4080 + random(30) : 0)),
+        Buffer.from(["\n", "\r\n", "", "\n\ufeff"][random(4)] ?? ""),
+      ]).flat();
+      // Commands are another matter. The last line is whole, and marks the end of the round.
+      const bytes = Buffer.concat([...pieces, Buffer.from(`\nend ${round}\n`)]);
+      for (const [at, byte] of bytes.entries()) if (byte === 0x2f) bytes[at] = 0x2e;
+
+      let size = 0;
+      for (let at = 0; at < bytes.length; at += size) {
+        size = 1 + random(random(4) === 0 ? 5 : 2000);
+        alice.send(bytes.subarray(at, at + size));
+        heard.push(...(await bob.ping())); // so that the next piece comes in a packet of its own
+      }
+      while (heard.at(-1) !== `[alice] end ${round}`) heard.push(await bob.line());
+      expect(heard).toEqual(readSimply(bytes));
+    }
+  });
+
+  /** The lines that others hear of alice, by a reader that has all bytes: split, decode, clean. */
+  function readSimply(bytes: Buffer): string[] {
+    const lines = bytes.toString("latin1").split("\n").slice(0, -1);
+    return lines.flatMap((line) => {
+      const ofLine = Buffer.from(line.replace(/\r$/, ""), "latin1");
+      const text = cleanText(ofLine.toString());
+      return ofLine.length <= 4096 && text.trim() ? [`[alice] ${text}`] : [];
+    });
   }
 
-  test("a line costs by its length", async () => {
-    jest.useFakeTimers();
-    const server = open({ rate: 10 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    jest.advanceTimersByTime(30_000);
-    const lines = Array.from({ length: 30 }, (_, number) => `${number} `.padEnd(4096, "x"));
-    alice.send(lines.map((line) => `${line}\n`).join(""));
-    // 100 short lines' worth: eleven of nine.
-    for (let number = 0; number < 11; number++)
-      expect(await bob.line()).toBe(`[alice] ${lines[number]}`);
-    bob.send("/nick bob\n");
-    expect(await bob.line()).toBe("* You are called bob already.");
-    for (let tick = 0; tick < 80; tick++) jest.advanceTimersByTime(100);
-    for (let number = 11; number < 19; number++)
-      expect(await bob.line()).toBe(`[alice] ${lines[number]}`);
+  test("is no message when it is blank or unfinished, and looks like nobody else's", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    alice.send("\n\r\n   \n\t\n\u001b\u0007\u202e\n* carol has left the chat\r[carol] hi\nhalf");
+    alice.socket.shutdown();
+    expect(await bob.line()).toBe("[alice] * carol has left the chat[carol] hi");
+    expect(await bob.line()).toBe("* alice has left the chat");
   });
 
-  test("an answer costs by its size", async () => {
-    jest.useFakeTimers();
-    const server = open({ rate: 10 });
-    const names = Array.from({ length: 500 }, (_, number) => `${number}`.padStart(32, "x"));
-    const [first] = await Promise.all(names.map((name) => enter(server, name)));
-    if (!first) throw new Error();
-    await enter(server, "last");
-    await first.until("* last has joined the chat");
-    jest.advanceTimersByTime(30_000);
-    first.send("/who\n".repeat(100));
-    first.send("/nick x\n");
-    // 34 characters a name make 17 KB: about four short lines' worth, and one for the asking.
-    const answers = await first.lines(19);
-    for (const answer of answers) expect(answer).toStartWith("* 501 people are here: ");
-    await settle();
-    expect(first.received.toString("latin1").split("\n").length - 1).toBeLessThan(4);
+  test.each([
+    ["\\n", "\n"],
+    ["\\r\\n", "\r\n"],
+  ])("may have 4096 bytes before %s, and not one more", async (_, ending) => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    const longest = "é".repeat(2048);
+    alice.send(`${longest}${ending}${longest}b${ending}short${ending}`);
+    expect(await bob.lines(2)).toEqual([`[alice] ${longest}`, "[alice] short"]);
+    expect(await alice.line()).toBe(TOO_LONG);
   });
 
-  /** So many clients that say 400 lines each as soon as they are in. */
-  async function flood(server: Server, count: number, prefix: string): Promise<Peer[]> {
-    const names = Array.from({ length: count }, (_, number) => `${prefix}${number}`);
-    const crowd = await Promise.all(names.map((name) => enter(server, name)));
+  test.each([
+    ["in pieces", ["x".repeat(4097), "x".repeat(900), "\r", "\n"]],
+    ["with a return at the limit", ["x".repeat(4096) + "\rhidden", "\n"]],
+    ["of 9 MB", [...times(3, () => "x".repeat(3_000_000)), "\n"]],
+  ])("that is too long, %s, is not sent, and the sender is told once", async (_, pieces) => {
+    const room = open();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    for (const piece of pieces) {
+      expect(room.memoryUsed).toBeLessThan(5_000);
+      alice.send(piece);
+      expect(await bob.ping()).toEqual([]);
+    }
+    alice.send("short\n");
+    expect(await bob.line()).toBe("[alice] short");
+    expect(await alice.line()).toBe(TOO_LONG);
+    expect(await alice.ping()).toEqual([]);
+  });
+});
+
+describe("commands", () => {
+  test("/help lists them", async () => {
+    const alice = await enter(open(), "alice");
+    alice.send("/help\n");
+    const usages = ["/help", "/who", "/nick NAME", "/msg NAME TEXT", "/quit", "//TEXT"];
+    for (const usage of usages) expect(await alice.line()).toStartWith(`* ${usage} `);
+    expect(await alice.ping()).toEqual([]);
+  });
+
+  test("with an unknown name are explained, and // says a line that begins with a slash", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    const unknown = ["/foo", "/", "/constructor", "/__proto__"];
+    alice.send(toText([...unknown.map((command) => `${command} bar`), "//etc/passwd", "///"]));
+    for (const command of unknown)
+      expect(await alice.line()).toBe(`* Unknown command ${command}. Try /help.`);
+    expect(await bob.lines(2)).toEqual(["[alice] /etc/passwd", "[alice] //"]);
+  });
+
+  test.each(["\0", "\u200e", "\ufeff", "\x1b"])(
+    "are none after an invisible %j",
+    async (invisible) => {
+      const [alice, bob] = await enterAll(open(), "alice", "bob");
+      alice.send(`${invisible}/quit\n${invisible}//\n/${invisible}who\n`);
+      expect(await bob.lines(2)).toEqual(["[alice] /quit", "[alice] //"]);
+      expect(await alice.line()).toBe(present("alice", "bob"));
+    },
+  );
+
+  test("/who names all in the order of the alphabet, whoever comes, goes and is renamed", async () => {
+    const room = open();
+    const asker = await enter(room, "asker");
+    const whoAfter = async (news: string) => {
+      await asker.until(news);
+      asker.send("/WHO\n");
+      return await asker.line();
+    };
+    const names = ["Zoë", "李", "a10", "Bob", "Ян", "a1", "Ängström"] as const;
+    const [zoe, li, , bob, , a1] = await enterAll(room, ...names);
+    const all = ["a1", "a10", "asker", "Ängström", "Bob", "Zoë", "Ян", "李"];
+    expect(await whoAfter("* Ängström has joined the chat")).toBe(present(...all));
+    bob.send("/nick zoe\n");
+    const renamed = all.with(4, "zoe");
+    expect(await whoAfter("* Bob is now called zoe")).toBe(present(...renamed));
+    a1.socket.terminate();
+    expect(await whoAfter("* a1 has left the chat")).toBe(present(...renamed.slice(1)));
+    zoe.send("/quit\n");
+    const rest = renamed.slice(1).filter((name) => name !== "Zoë");
+    expect(await whoAfter("* Zoë has left the chat")).toBe(present(...rest));
+    li.send("/nick a\n");
+    expect(await whoAfter("* 李 is now called a")).toBe(present("a", ...rest.slice(0, -1)));
+  });
+
+  test("/nick gives another name, which everybody hears, or says why it does not", async () => {
+    const room = open();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    alice.send("before\n/nick Ａnna\nafter\n");
+    const heard = ["[alice] before", "* alice is now called Anna", "[Anna] after"];
+    expect(await bob.lines(3)).toEqual(heard);
+    expect(await alice.line()).toBe("* alice is now called Anna");
+    await enter(room, "alice"); // the old name is free
+
+    alice.send("/nick BOB\n/nick no!\n/nick\n/nick \n/nick Anna\n/nick two words\n/nick anna\n");
+    expect((await alice.lines(8)).slice(1)).toEqual([
+      "* The name BOB is taken.",
+      NAME_RULE,
+      "* Say it like this: /nick NAME",
+      "* Say it like this: /nick NAME",
+      "* You are called Anna already.",
+      NAME_RULE,
+      "* Anna is now called anna",
+    ]);
+  });
+
+  test("/msg reaches two people, in its place among the other lines, and nobody else", async () => {
+    const { room, log } = openLogged();
+    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
+    alice.send("one\n/msg BOB  psst,  you \ntwo\n");
+    expect(await bob.lines(3)).toEqual(["[alice] one", "[alice -> bob] psst,  you", "[alice] two"]);
+    expect(await carol.lines(2)).toEqual(["[alice] one", "[alice] two"]);
+    expect(await alice.line()).toBe("[alice -> bob] psst,  you");
+    expect(log.slice(-2)).toEqual([
+      "Received message from alice: one",
+      "Received message from alice: two",
+    ]);
+
+    alice.send("/msg alice note\n/msg b0b hi\n/msg bob\n/msg\n");
+    expect(await alice.lines(4)).toEqual([
+      "[alice -> alice] note",
+      "* Nobody here is called b0b.", // it only looks like bob
+      "* Say it like this: /msg NAME TEXT",
+      "* Say it like this: /msg NAME TEXT",
+    ]);
+  });
+
+  test("/quit gets what was said before, and nothing after it is heard", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    alice.send("/who\n/quit\nghost\n");
+    expect(await alice.rest()).toEqual([present("alice", "bob")]);
+    expect(await bob.line()).toBe("* alice has left the chat");
+    expect(await bob.ping()).toEqual([]);
+  });
+});
+
+describe("leaving", () => {
+  test("1,000 leave at once, each with a last line: all are heard, and all get the end", async () => {
+    jest.useFakeTimers(); // so that all leave in one flush, which waits for a millisecond at most
+    const room = open();
+    const witness = await enter(room, "witness");
+    const leavers = await enterTogether(room, called("user", 500));
+    leavers.push(...(await enterTogether(room, called("guest", 500))));
+    for (const peer of leavers) {
+      peer.countsOnly = true;
+      peer.send("bye\n");
+      peer.socket.shutdown();
+    }
+    await Promise.all(leavers.map((peer) => peer.ended.promise));
+    witness.send("/who\n");
+    const heard = await witness.until(present("witness"));
+    for (const suffix of ["] bye", " has joined the chat", " has left the chat"])
+      expect(heard.filter((line) => line.endsWith(suffix))).toHaveLength(1_000);
+  });
+
+  test("a late leaver still has a minute to read what is left", async () => {
+    jest.useFakeTimers();
+    const room = open();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    jest.advanceTimersByTime(59_500);
+    bob.send("/quit\n");
+    expect(await alice.line()).toBe("* bob has left the chat");
+    await bob.ended.promise;
+    jest.advanceTimersByTime(55_000);
+    await enter(room, "carol");
+    expect(await Promise.race([bob.closed.promise, "open"])).toBe("open");
+    // Its half of the connection is still open, so only a reset can close it.
+    jest.advanceTimersByTime(7_000);
+    expect(await bob.closed.promise).toBeInstanceOf(Error);
+  });
+
+  test("by a FIN and a reset at once leaves nothing in memory", async () => {
+    const room = open();
+    const alice = await enter(room, "alice");
+    const crowd = await enterTogether(room, called("user", 200));
+    for (const peer of crowd) peer.send("hello\nhalf a line");
+    for (const peer of crowd) peer.socket.shutdown();
+    for (const peer of crowd) peer.socket.terminate();
+    for (const _ of crowd) await alice.until(/ has left the chat/);
+    await alice.ping();
+    expect([namesIn(room), room.memoryUsed]).toEqual([["alice"], 0]);
+    await enter(room, "user0"); // the names are free
+  });
+});
+
+// --- 6. Slow, fast and many --------------------------------------------------------------------
+
+const MIB = 1024 * 1024;
+
+describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
+  test("may lag behind by less than 1 MiB for long, and by more than that for ten seconds", async () => {
+    jest.useFakeTimers();
+    const room = openRoom();
+    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
+    for (const [bytes, time] of [
+      [900_000, 50_000],
+      [3_000_000, 9_000],
+    ] as const) {
+      const said = await lagBehind(room, alice, carol, bytes);
+      jest.advanceTimersByTime(time);
+      carol.socket.resume();
+      expect(await carol.lines(said.length)).toEqual(said);
+      expect(await bob.lines(said.length)).toEqual(said);
+      expect(queued(room, "carol")).toBe(0);
+    }
+
+    await lagBehind(room, alice, carol, 3_000_000);
+    jest.advanceTimersByTime(12_000);
+    expect(await alice.line()).toBe("* carol has left the chat (too slow)");
+    await bob.until("* carol has left the chat (too slow)");
+    await stillServes(room, alice, bob);
+  });
+
+  test("is disconnected at 8 MiB, and the others lose nothing, even with another one", async () => {
+    const room = openRoom();
+    const [alice, carol, dave, bob] = await enterAll(room, "alice", "carol", "dave", "bob");
+    const said = await lagBehind(room, alice, carol, MIB);
+    dave.socket.pause(); // and will be the second one to be disconnected
+    said.push(...(await lagBehind(room, alice, carol, 8 * MIB - 200_000)));
+    expect(namesIn(room)).toContain("carol");
+    expect(said.length).toBeGreaterThan(2_000);
+    while (room.clients.length > 2) {
+      const text = `${said.length} ${"x".repeat(4000)}`;
+      alice.send(`${text}\n`.repeat(20));
+      said.push(...times(20, () => `[alice] ${text}`));
+      await alice.ping();
+      expect(room.memoryUsed).toBeLessThan(20 * MIB);
+    }
+    const heard = await bob.lines(said.length + 2);
+    expect(heard.filter((line) => line.startsWith("["))).toEqual(said);
+    expect(heard.filter((line) => line.startsWith("*")).toSorted()).toEqual([
+      "* carol has left the chat (too slow)",
+      "* dave has left the chat (too slow)",
+    ]);
+  });
+
+  test("may half-close, and still gets all that was said before, to the last byte", async () => {
+    const room = openRoom();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const said = await lagBehind(room, alice, bob, 500_000);
+    bob.socket.shutdown();
+    expect(await alice.line()).toBe("* bob has left the chat");
+    bob.socket.resume();
+    expect(await bob.rest()).toEqual(said);
+  });
+});
+
+describe("a slow reader", () => {
+  test("is not one who has kept up, when a single batch is larger than the limit", async () => {
+    const room = open();
+    const [alice, bob] = await enterAll(room, "a".repeat(32), "bob");
+    bob.socket.pause();
+    alice.send("x\n".repeat(200_000));
+    while (!(queued(room, "bob") > MIB)) await alice.ping();
+    expect(room.clients).toHaveLength(2);
+  });
+
+  test("gets no more private messages than 16 KiB from one sender, who is told", async () => {
+    const room = open();
+    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
+    await lagBehind(room, alice, carol, 1);
+    const before = queued(room, "carol");
+    for (let number = 0; number < 100; number++) {
+      alice.send(`/msg carol ${number} ${"p".repeat(1000)}\n`);
+      await alice.line();
+    }
+    expect(queued(room, "carol") - before).toBeWithin(16_000, 20_000);
+    alice.send("/msg carol more\n");
+    const refusal = "* Your private messages are not being read. This one was not sent.";
+    expect(await alice.line()).toBe(refusal);
+
+    // This is no matter of others, nor of the rest that alice has to say.
+    bob.send("/msg carol and this\n");
+    await bob.until("[bob -> carol] and this");
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+
+    carol.socket.resume();
+    const heard = await carol.until("[alice] hello");
+    const numbers = heard.flatMap((line) => /^\[alice -> carol\] (\d+) /.exec(line)?.[1] ?? []);
+    expect(numbers).toEqual(times(numbers.length, String));
+    expect(heard).toContain("[bob -> carol] and this");
+    alice.send("/msg carol again\n");
+    expect(await alice.line()).toBe("[alice -> carol] again");
+    expect(await carol.line()).toBe("[alice -> carol] again");
+  });
+});
+
+/** Lines that one who has just come in may say at once, at a rate of 10 lines a second. */
+const NEWCOMER_LINES = 16;
+
+describe("a fast sender", () => {
+  test("is read from more slowly: a paste of 250 lines arrives complete and in order", async () => {
+    jest.useFakeTimers();
+    const [alice, bob] = await enterAll(open({ rate: 10 }), "alice", "bob");
+    alice.send(toText(numbered(250)));
+    const heard = await bob.lines(NEWCOMER_LINES); // two seconds' worth, less the cost of coming
+    for (let second = 0; second < 23; second++) {
+      expect(await bob.ping()).toEqual([]);
+      for (let tick = 0; tick < 10; tick++) jest.advanceTimersByTime(100);
+      heard.push(...(await bob.lines(10)));
+    }
+    jest.advanceTimersByTime(1000);
+    heard.push(...(await bob.lines(4)));
+    expect(heard).toEqual(numbered(250, "alice"));
+    alice.send("after the paste\n");
+    jest.advanceTimersByTime(1000);
+    expect(await bob.line()).toBe("[alice] after the paste");
+  });
+
+  test.each(BOTH_WAYS)("that half-closes is heard to its last line, %s", async (_, openRoom) => {
+    jest.useFakeTimers();
+    const [alice, bob] = await enterAll(openRoom({ rate: 10 }), "alice", "bob");
+    alice.send(toText(numbered(120)) + "half");
+    alice.socket.shutdown();
+    expect(await bob.lines(NEWCOMER_LINES)).toEqual(numbered(NEWCOMER_LINES, "alice"));
+    expect(await bob.ping()).toEqual([]);
+    await pass(11);
+    const rest = numbered(120, "alice").slice(NEWCOMER_LINES);
+    expect(await bob.lines(rest.length + 1)).toEqual([...rest, "* alice has left the chat"]);
+    expect(await alice.rest()).toEqual([]);
+  });
+
+  test("holds up nobody, and loses what is unread by its reset", async () => {
+    jest.useFakeTimers();
+    const [alice, bob, carol] = await enterAll(open({ rate: 10 }), "alice", "bob", "carol");
+    alice.send("flood\n".repeat(50_000));
+    await bob.lines(NEWCOMER_LINES);
+    carol.send("hi\n");
+    expect(await bob.line()).toBe("[carol] hi");
+    alice.socket.terminate();
+    expect(await bob.line()).toMatch(/^\* alice has left the chat \(\d+ or more lines unread\)$/);
+  });
+
+  test.each([
+    ["a flood of lines", "", "x".repeat(400) + "\n"],
+    ["a line that never ends", "", "x"],
+    ["a flood after /quit", "/quit\n", "x"],
+  ])("with %s is not read from without end", async (_, first, piece) => {
+    jest.useFakeTimers();
+    const room = open({ rate: 10 });
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    alice.send(first);
+    const megabyte = Buffer.alloc(1_000_000, piece);
+    let sent = 0;
+    for (let turn = 0; turn < 400 && sent < 200_000_000; turn++) {
+      sent += Math.max(0, alice.socket.write(megabyte));
+      await turns(1);
+    }
+    expect(sent).toBeLessThan(40_000_000);
+    const carol = await enter(room, "carol");
+    bob.send("hello\n");
+    await carol.until("[bob] hello");
+  });
+});
+
+describe("many people", () => {
+  test("take little memory when 64 say 42 lines of 4 KB at once, and nobody is cut off", async () => {
+    const server = await serve("--rate", "0", "--quiet");
+    const names = called("user", 64);
+    const crowd = await enterAll(server, ...names);
+    const before = crowd.map((peer) => peer.total);
+    // In rounds of less than may wait for a reader, however slow this machine is.
+    const text = `${"x".repeat(4000)}\n`.repeat(14);
+    const lengths = names.map((name) => text.length + 14 * `[${name}] `.length);
+    const sum = lengths.reduce((all, length) => all + length, 0);
+    for (const peer of crowd) peer.countsOnly = true;
+    for (let round = 1; round <= 3; round++) {
+      for (const peer of crowd) peer.send(text);
+      const totals = lengths.map((own, place) => (before[place] ?? 0) + round * (sum - own));
+      await Promise.all(crowd.map((peer, place) => peer.bytes(totals[place] ?? 0)));
+    }
+    expect(memory(server.pid, "VmHWM")).toBeLessThan(150 * 1024);
+  });
+
+  test("speaking in the same moment make no batch of more than 256 KiB", async () => {
+    const room = open();
+    const reader = await enter(room, "reader");
+    const crowd = await enterTogether(room, called("user", 40));
+    await reader.ping();
+    const sizes: number[] = [];
+    for (const { socket } of room.clients) {
+      const write = socket.write.bind(socket);
+      socket.write = (bytes: string | Bun.BufferSource, start = 0, length = 0) => {
+        sizes.push(length);
+        return write(bytes as Buffer, start, length);
+      };
+    }
+    for (const peer of crowd) peer.send(`${"x".repeat(4000)}\n`.repeat(4)); // 640 KB in all
+    for (let line = 0; line < 160; line++) await reader.line();
+    expect(Math.max(...sizes)).toBeWithin(256 * 1024, 261 * 1024);
+  });
+
+  test("get long answers that they ask for at once, some a turn, and talk goes on", async () => {
+    const room = open();
+    const names = times(250, (number) => "語".repeat(29) + (number + 100));
+    const [speaker, ...askers] = await enterTogether(room, names);
+    for (const asker of askers) asker.send("/who\n/who\n/who\n"); // 6 MB for each round of answers
+    speaker?.send("hello\n");
+    const answersBefore: number[] = [];
+    for (const asker of askers) {
+      const isAnswer = (line: string) => line.includes(" people are here: ");
+      const answers = (await asker.until(/hello$/)).filter(isAnswer).length;
+      answersBefore.push(answers);
+      for (let missing = 3 - answers; missing > 0; missing--)
+        await asker.until(/ people are here: /);
+    }
+    expect(Math.min(...answersBefore)).toBe(0);
+    expect(Math.max(...answersBefore)).toBe(1);
+  });
+
+  test("that do not read their answers fill 256 MiB; then the greediest is cut off first", async () => {
+    const room = open();
+    const witness = await enter(room, "witness");
+    const crowd = await enterTogether(room, called("greedy", 60));
+    for (const peer of crowd) {
+      peer.socket.pause();
+      peer.send("/help\n".repeat(60_000)); // with answers of 300 bytes
+    }
+    let most = 0;
+    for (let gone = 0; gone < 10;) {
+      if ((await witness.line()).endsWith(" has left the chat (too slow)")) gone++;
+      most = Math.max(most, room.memoryUsed);
+    }
+    expect(most).toBeWithin(200 * MIB, 260 * MIB);
+    await witness.ping();
+    for (const peer of crowd) peer.socket.terminate();
+    while (room.clients.length > 1) await witness.line();
+    expect(room.memoryUsed).toBe(0);
+  });
+});
+
+// --- 7. Budgets and addresses ------------------------------------------------------------------
+
+describe("a budget", () => {
+  /** Opens a room that limits addresses, as on a network, and counts what is said there. */
+  function openCounted(options: Partial<ServerOptions> = {}) {
+    const said: string[] = [];
+    const room = open({
+      rate: 10,
+      maxPerAddress: 64,
+      log: (event) => said.push(/^Received message from (\w+):/.exec(event)?.[1] ?? ""),
+      ...options,
+    });
+    const count = (prefix: string) => said.filter((name) => name.startsWith(prefix)).length;
+    return { room, count };
+  }
+
+  /** So many enter, and say 400 lines each. */
+  async function flood(room: Server, people: number, prefix: string): Promise<Peer[]> {
+    const crowd = await enterTogether(room, called(prefix, people));
     for (const peer of crowd) peer.send("spam\n".repeat(400));
+    await Promise.all(crowd.map((peer) => peer.sent()));
+    await turns(50);
     return crowd;
   }
 
-  /** Counts what is said in a room, and waits for it. */
-  function listen() {
-    const said = new Map<string, number>(); // by the name of whoever said it
-    let wake = () => {};
-    const count = (prefix: string) =>
-      Array.from(said, ([name, lines]) => (name.startsWith(prefix) ? lines : 0)).reduce(
-        (sum, lines) => sum + lines,
-        0,
-      );
-    return {
-      count,
-      log(event: string): void {
-        const [, name] = /^Received message from (\w+): /.exec(event) ?? [];
-        if (name) said.set(name, (said.get(name) ?? 0) + 1);
-        wake();
-      },
-      async until(prefix: string, lines: number): Promise<void> {
-        while (count(prefix) < lines) await new Promise<void>((resolve) => (wake = resolve));
-      },
-    };
-  }
-
-  /** Lets the time pass, and the event loop run. */
-  async function pass(seconds: number): Promise<void> {
-    for (let tick = 0; tick < seconds * 10; tick++) {
-      jest.advanceTimersByTime(100);
-      await new Promise((resolve) => setImmediate(resolve));
-    }
-  }
-
-  test("all connections of one address have one, and none of them waits for ever", async () => {
+  test("is charged for a line by its length", async () => {
     jest.useFakeTimers();
-    const { log, count, until } = listen();
-    const server = openToNetwork({ log });
-    await flood(server, 10, "mallory");
-    await until("mallory", 10 * NEWCOMER_LINES);
-    const honest = await enter(server, "honest");
+    const [alice, bob] = await enterAll(open({ rate: 10 }), "alice", "bob");
+    jest.advanceTimersByTime(30_000);
+    const lines = times(30, (number) => `${number} `.padEnd(4096, "x"));
+    alice.send(toText(lines));
+    const heard = await bob.lines(11); // of nine short lines each, where there is credit for 100
+    expect(await bob.ping()).toEqual([]);
+    await pass(8);
+    heard.push(...(await bob.lines(8)));
+    expect(heard).toEqual(lines.slice(0, 19).map((line) => `[alice] ${line}`));
+  });
+
+  test("is charged for an answer by its size", async () => {
+    jest.useFakeTimers();
+    const room = open({ rate: 10 });
+    const first = await enter(room, "first");
+    await enterTogether(room, called("x".repeat(29), 499));
+    const witness = await enter(room, "witness");
+    await first.until("* witness has joined the chat");
+    jest.advanceTimersByTime(30_000);
+    first.send("/who\n".repeat(100));
+    // 34 bytes a name make 17 KB: about four short lines' worth, and one for the asking.
+    for (const answer of await first.lines(19))
+      expect(answer).toStartWith("* 501 people are here: ");
+    const before = first.total;
+    for (let round = 0; round < 8; round++) await witness.ping();
+    await turns(200);
+    expect(first.total - before).toBeLessThan(4 * 17_000);
+  });
+
+  test("is common to all connections of one address, and none of them waits for ever", async () => {
+    jest.useFakeTimers();
+    const { room, count } = openCounted();
+    await flood(room, 10, "mallory");
+    expect(count("mallory")).toBe(10 * NEWCOMER_LINES);
+    const honest = await enter(room, "honest");
     await pass(20);
     honest.send("hello\n");
     for (let second = 0; count("honest") === 0; second++) {
@@ -2973,273 +1747,146 @@ describe("budgets", () => {
     }
     await pass(10);
     // Ten seconds' worth at once, and 40 lines a second.
-    expect(count("mallory")).toBeGreaterThan(20 * 40);
-    expect(count("mallory")).toBeLessThanOrEqual(400 + 33 * 40);
+    expect(count("mallory")).toBeWithin(20 * 40, 400 + 33 * 40);
   });
 
-  test("all people together have one, so that a reader keeps up with any number of them", async () => {
+  test("of an address is not renewed by leaving and coming back", async () => {
     jest.useFakeTimers();
-    let bytes = 0;
-    const server = open({
-      rate: 1000,
-      log: (event) => (bytes += event.startsWith("Received") ? 4096 : 0),
-    });
-    const names = Array.from({ length: 40 }, (_, number) => `user${number}`);
-    const crowd = await Promise.all(names.map((name) => enter(server, name)));
+    const { room, count } = openCounted();
+    const crowd = await flood(room, 10, "mallory");
+    await pass(20);
+    for (const peer of crowd) peer.socket.terminate();
+    await pass(1); // nobody of that address is here
+    await flood(room, 10, "again");
+    await pass(3);
+    // 40 short lines' worth for coming are owed first.
+    expect(count("again")).toBeWithin(1, 4 * 40);
+  });
+
+  test("is common to all people, so that a reader keeps up with any number of them", async () => {
+    jest.useFakeTimers();
+    const { room, count } = openCounted({ rate: 1000, maxPerAddress: undefined });
+    const quiet = await enter(room, "quiet");
+    quiet.countsOnly = true;
+    const crowd = await enterTogether(room, called("user", 40));
     for (const peer of crowd) {
-      peer.onlyCounts = true;
+      peer.countsOnly = true;
       peer.send(`${"x".repeat(4096)}\n`.repeat(60));
     }
     await pass(2);
     // Two seconds' worth at once, of 768 KiB, and what has been earned since.
-    expect(bytes).toBeWithin(2 * 768 * 1024, 4.5 * 768 * 1024);
-    const before = bytes;
+    const linesPerSecond = (768 * 1024) / 4096;
+    const before = count("user");
+    expect(before).toBeWithin(2 * linesPerSecond, 4.5 * linesPerSecond);
+    quiet.send("hello\n"); // who says no more than a share of it need not wait
+    await turns(100);
+    expect(count("quiet")).toBe(1);
     await pass(4);
-    expect(bytes - before).toBeWithin(3 * 768 * 1024, 4.5 * 768 * 1024);
+    expect(count("user") - before).toBeWithin(3 * linesPerSecond, 4.5 * linesPerSecond);
   });
 
-  test("leaving and coming back does not renew it", async () => {
+  test("is everybody's own where addresses are not limited, and there is none at rate 0", async () => {
     jest.useFakeTimers();
-    const { log, count, until } = listen();
-    const server = openToNetwork({ log });
-    const crowd = await flood(server, 10, "mallory");
-    await until("mallory", 10 * NEWCOMER_LINES);
-    await pass(20);
-    for (const peer of crowd) peer.socket.terminate();
-    await flood(server, 10, "again");
-    await pass(3);
-    // 40 short lines' worth for coming are owed first.
-    expect(count("again")).toBeWithin(1, 3 * 40);
+    const loopback = openCounted({ maxPerAddress: undefined });
+    await flood(loopback.room, 40, "mallory");
+    expect(loopback.count("mallory")).toBe(40 * NEWCOMER_LINES);
+    const unlimited = openCounted({ rate: 0 });
+    const crowd = await flood(unlimited.room, 30, "mallory");
+    for (const peer of crowd) await peer.ping();
+    expect(unlimited.count("mallory")).toBe(30 * 400);
   });
 
-  test("twenty connections of one address are greeted at once, then one a second", async () => {
+  test.each(BOTH_WAYS)("lets twenty arrive at once, then one a second, %s", async (_, openRoom) => {
     jest.useFakeTimers();
-    const server = openToNetwork();
-    const crowd = await Promise.all(Array.from({ length: 24 }, () => Peer.connect(server)));
-    const early = crowd.splice(0, 20);
-    for (const peer of early) expect(await peer.line()).toBe(WELCOME);
-    for (const peer of crowd) peer.send("late\n");
-    for (const number of [0, 1, 2, 3]) {
-      await settle();
-      expect(crowd.map(({ total }) => total > 0)).toEqual(crowd.map((_, place) => place < number));
+    const room = openRoom({ rate: 10, maxPerAddress: 64 });
+    const crowd = await Promise.all(times(24, () => Peer.connect(room)));
+    for (const peer of crowd.splice(0, 20)) expect(await peer.line()).toBe(WELCOME);
+    for (const [number, peer] of crowd.entries()) peer.send(`late${number}\n`);
+    for (const [number, peer] of crowd.entries()) {
+      await turns(200);
+      // Under TLS they do not even shake hands before.
+      const isHeard = ({ total, isSecured }: Peer) => total > 0 || isSecured;
+      expect(crowd.map(isHeard)).toEqual(crowd.map((_, place) => place < number));
       jest.advanceTimersByTime(1000);
-      expect(await crowd[number]?.line()).toBe(WELCOME);
+      expect(await peer.line()).toBe(WELCOME);
+      expect(await peer.line()).toStartWith("* The room contains: ");
     }
-    // The first of them has come in, by a name that was there before its greeting.
-    expect(await crowd[0]?.line()).toBe("* The room contains: ");
-    for (const peer of early) peer.socket.terminate();
   });
+});
 
-  test("under TLS those who wait shake no hands before", async () => {
-    jest.useFakeTimers();
-    const server = openTls({ rate: 10, maxPerAddress: 64 });
-    const crowd = await Promise.all(Array.from({ length: 22 }, () => Peer.connect(server)));
-    for (const peer of crowd.slice(0, 20)) expect(await peer.line()).toBe(WELCOME);
-    const late = crowd.slice(20);
-    for (const peer of late) peer.send("late\n");
-    await settle();
-    expect(late.map(({ secured }) => secured)).toEqual([false, false]);
-    jest.advanceTimersByTime(1000);
-    expect(await late[0]?.lines(2)).toEqual([WELCOME, "* The room contains: "]);
-    expect(late[1]?.secured).toBeFalse();
-  });
-
-  test("one that waits for its greeting has a minute from then on, and may give up", async () => {
-    jest.useFakeTimers();
-    const server = openToNetwork();
-    const early = await Promise.all(Array.from({ length: 20 }, () => greeted(server)));
-    const [hasty, patient] = [await Peer.connect(server), await Peer.connect(server)];
-    hasty.socket.terminate();
-    await hasty.closed.promise;
-    await pass(2);
-    expect(await patient.line()).toBe(WELCOME);
-    for (const peer of early) peer.socket.terminate();
-    await pass(57);
-    patient.send("patient\n");
-    expect(await patient.line()).toBe("* The room contains: ");
-  });
-
-  test("at rate 0 there is none", async () => {
-    const { log, until } = listen();
-    const server = openToNetwork({ rate: 0, log });
-    await flood(server, 30, "mallory");
-    await until("mallory", 30 * 400);
-  });
-
-  test("on loopback each connection has only its own, unless addresses are limited", async () => {
-    jest.useFakeTimers();
-    const { log, until } = listen();
-    const server = open({ rate: 10, log });
-    await flood(server, 40, "mallory");
-    await until("mallory", 40 * NEWCOMER_LINES);
-  });
-
+describe("places", () => {
   test.each([
-    ["127.0.0.1", "127.0.0.1"],
-    ["::ffff:127.0.0.1", "127.0.0.1"],
-    ["::FFFF:192.0.2.7", "192.0.2.7"],
-    ["2001:db8:1:2:3:4:5:6", "2001:db8:1:2"],
-    ["2001:db8:1:2::6", "2001:db8:1:2"],
-    ["2001:db8:1:3::6", "2001:db8:1:3"],
-    ["2001:db8::6", "2001:db8:0:0"],
-    ["2001:db8::1:2:3:4:5", "2001:db8:0:1"],
-    ["::1", "0:0:0:0"],
-    ["fe80::1%eth0", "fe80:0:0:0"],
-  ])("%s counts as %s", (host, key) => {
-    expect(addressKey(host)).toBe(key);
-  });
-
-  test("an IPv4 address is the same by IPv6", async () => {
-    const server = open({ host: "::", maxPerAddress: 1 });
-    await enter(server, "alice"); // ::ffff:127.0.0.1
-    expect(await (await Peer.connect(server)).rest()).toEqual([
-      "* Too many connections from your address.",
-    ]);
-  });
-});
-
-describe("memory", () => {
-  test("private messages that are not read count against their sender, who is told", async () => {
-    const server = open();
-    const [alice, bob, carol] = await enterThree(server);
-    await lagBehind(server, [alice, bob, carol], 1);
-    const before = queued(server, "carol");
-    const text = "p".repeat(1000);
-    for (let number = 0; number < 100; number++) {
-      alice.send(`/msg carol ${number} ${text}\n`);
-      await alice.line();
+    ["in a full room", { maxClients: 2 }, FULL],
+    ["for one address", { maxPerAddress: 2 }, TOO_MANY],
+  ])("that are missing %s are reported, and taken when they are free", async (_, options, why) => {
+    for (const [, openRoom] of BOTH_WAYS) {
+      const { room, log } = openLogged(options, openRoom);
+      const [alice, bob] = await enterAll(room, "alice", "bob");
+      const carol = await Peer.connect(room);
+      carol.send("carol\nhello\n");
+      expect(await carol.rest()).toEqual([why]);
+      expect(log.at(-1)).toBe(`Refused 127.0.0.1:PORT: ${why.slice(2)}`);
+      carol.socket.end();
+      bob.socket.end();
+      expect(await alice.line()).toBe("* bob has left the chat");
+      await enter(room, "dave");
+      expect(await alice.line()).toBe("* dave has joined the chat");
     }
-    expect(queued(server, "carol") - before).toBeWithin(16_000, 20_000);
-    alice.send("/msg carol more\n");
-    const refusal = "* Your private messages are not being read. This one was not sent.";
-    expect(await alice.line()).toBe(refusal);
-    // It is no matter of others, nor of the rest that alice has to say.
-    bob.send("/msg carol and this\n");
-    expect(await bob.line()).toBe("[bob -> carol] and this");
-    alice.send("hello\n");
-    expect(await bob.line()).toBe("[alice] hello");
-
-    carol.socket.resume();
-    const heard = await carol.until("[alice] hello");
-    const privates = heard.filter((line) => line.startsWith("[alice -> carol] "));
-    expect(privates.map((line) => line.split(" ")[3])).toEqual(
-      privates.map((_, number) => `${number}`),
-    );
-    expect(heard).toContain("[bob -> carol] and this");
-    alice.send("/msg carol again\n");
-    expect(await alice.line()).toBe("[alice -> carol] again");
-    expect(await carol.line()).toBe("[alice -> carol] again");
   });
 
-  test("20,000 private messages reach a reader who keeps up", async () => {
-    const server = open();
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    alice.send(Array.from({ length: 20_000 }, (_, number) => `/msg bob ${number}\n`).join(""));
-    const expected = Array.from({ length: 20_000 }, (_, number) => `[alice -> bob] ${number}`);
-    expect(await bob.lines(20_000)).toEqual(expected);
-    expect(await alice.lines(20_000)).toEqual(expected);
-  });
-
-  test("64 people who say 98 lines of 4 KB at once take little, and nobody is cut off", async () => {
-    const server = await serve("--rate", "0", "--quiet");
-    const names = Array.from({ length: 64 }, (_, number) => `user${number}`);
-    const crowd = await enterAll(server, ...names);
-    const before = crowd.map((peer) => peer.total);
-    // In rounds of less than may wait for a reader, however slow this machine is.
-    const text = `${"x".repeat(4000)}\n`.repeat(14);
-    const lengths = names.map((name) => text.length + 14 * `[${name}] `.length);
-    const sum = lengths.reduce((all, length) => all + length, 0);
-    for (const peer of crowd) peer.onlyCounts = true;
-    for (let round = 1; round <= 7; round++) {
-      for (const peer of crowd) peer.send(text);
-      const totals = lengths.map((own, place) => (before[place] ?? 0) + round * (sum - own));
-      await Promise.all(crowd.map((peer, place) => peer.bytes(totals[place] ?? 0)));
-    }
-    expect(memory(server.process.pid, "VmHWM")).toBeLessThan(150 * 1024);
-  });
-
-  test("a crowd gets all long answers that it asks for at once, some a turn, and talk goes on", async () => {
-    const server = open();
-    const names = Array.from({ length: 250 }, (_, number) => "語".repeat(29) + (number + 100));
-    const crowd = await Promise.all(names.map((name) => enter(server, name)));
-    const [speaker, ...askers] = crowd;
-    if (!speaker) throw new Error();
-    for (const asker of askers) asker.send("/who\n/who\n/who\n"); // 6 MB for each round of answers
-    speaker.send("hello\n");
-    const answersBefore = [];
-    for (const asker of askers) {
-      const before: string[] = await asker.until(/hello$/);
-      answersBefore.push(before.filter((line) => line.includes(" people are here: ")).length);
-      let answers = answersBefore.at(-1) ?? 0;
-      while (answers < 3) if ((await asker.line())?.includes(" people are here: ")) answers++;
-    }
-    expect(Math.min(...answersBefore)).toBe(0);
-    expect(Math.max(...answersBefore)).toBe(1);
-  });
-
-  test("each of many who come at once gets a roster of its own", async () => {
-    const server = open();
-    const names = Array.from({ length: 300 }, (_, number) => "語".repeat(29) + (number + 100));
-    const crowd = await Promise.all(names.map(() => greeted(server)));
-    for (const [place, peer] of crowd.entries()) peer.send(`${names[place]}\n`);
-    const rosters = await Promise.all(crowd.map((peer) => peer.line()));
-    const sizes = rosters.map((roster) => roster?.match(/語+\d+/g)?.length ?? 0);
-    expect(sizes.sort((a, b) => a - b)).toEqual(names.map((_, place) => place));
-    expect(new Set(rosters).size).toBe(names.length);
-    const last = rosters.find((roster) => roster?.match(/語+\d+/g)?.length === names.length - 1);
-    expect(last).toStartWith(`* The room contains: ${names[0]}, ${names[1]}, `);
-  });
-
-  test("however many do not read what they ask for, it is bounded, and whoever holds most goes", async () => {
-    const server = open();
-    const witness = await enter(server, "witness");
-    const names = Array.from({ length: 60 }, (_, number) => `greedy${number}`);
-    const crowd = await Promise.all(names.map((name) => enter(server, name)));
-    for (const peer of crowd) {
-      peer.socket.pause();
-      peer.send("/help\n".repeat(60_000)); // with answers of 300 bytes
-    }
-    let most = 0;
-    for (let gone = 0; gone < 10;) {
-      if ((await next(witness)).endsWith(" has left the chat (too slow)")) gone++;
-      most = Math.max(most, server.memoryUsed);
-    }
-    expect(most).toBeWithin(200 * 1024 * 1024, 260 * 1024 * 1024);
-    witness.send("/who\n");
-    while (!(await next(witness)).includes(" people are here: "));
-    for (const peer of crowd) peer.socket.terminate();
-    while (server.clients.length > 1) await next(witness);
-    expect(server.memoryUsed).toBe(0);
-  });
-});
-
-describe("connections from one address", () => {
-  const REFUSAL = "* Too many connections from your address.";
-
-  test("are limited; a refused one is told, and a place that becomes free is taken", async () => {
-    const server = open({ maxPerAddress: 2 });
-    const [alice, bob] = (await enterAll(server, "alice", "bob")) as [Peer, Peer];
-    const carol = await Peer.connect(server);
-    carol.send("carol\n");
-    expect(await carol.rest()).toEqual([REFUSAL]);
-    carol.socket.end();
-    await carol.closed.promise;
-    bob.socket.end();
-    expect(await alice.line()).toBe("* bob has left the chat");
-    await enter(server, "dave");
-    expect(await alice.line()).toBe("* dave has joined the chat");
-  });
-
-  test("that are refused take no place of others, however many they are and stay", async () => {
-    const server = open({ maxClients: 10, maxPerAddress: 5 });
-    const crowd = await Promise.all(Array.from({ length: 60 }, () => Peer.connect(server)));
-    const first = await Promise.all(crowd.map((peer) => peer.line()));
+  test("are not taken by the refused, however many they are and stay", async () => {
+    const room = open({ maxClients: 10, maxPerAddress: 5 });
+    const crowd = await Promise.all(times(60, () => Peer.connect(room)));
+    const first = await Promise.all(crowd.map((peer) => peer.lineOrEnd()));
     expect(first.filter((line) => line === WELCOME)).toHaveLength(5);
-    expect(first.filter((line) => line === REFUSAL).length).toBeGreaterThanOrEqual(32);
-    const { port } = server;
-    const newcomer = createConnection({ host: "127.0.0.1", port, localAddress: "127.0.0.2" });
+    expect(first.filter((line) => line === TOO_MANY).length).toBeGreaterThanOrEqual(32);
+    const other = { host: "127.0.0.1", port: room.port, localAddress: "127.0.0.2" };
+    const newcomer = createConnection(other);
     expect(`${(await once(newcomer, "data"))[0]}`).toBe(`${WELCOME}\n`);
     newcomer.destroy();
+  });
+
+  test("are free again, however a connection has ended", async () => {
+    const room = open({ maxClients: 22, maxPerAddress: 22 });
+    const alice = await enter(room, "alice");
+    const comeAndGo = async (number: number) => {
+      const peer = await greeted(room);
+      const name = number % 3 > 0 ? `guest${number}` : "";
+      peer.send(name && `${name}\n`);
+      if (name) await peer.line();
+      if (number % 2 > 0) peer.socket.terminate();
+      else peer.send(name ? "/quit\n" : "\n");
+      await peer.ended.promise;
+      peer.socket.terminate();
+    };
+    for (let wave = 0; wave < 10; wave++) {
+      await Promise.all(times(20, comeAndGo));
+      for (let left = 0; left < 13; left++) await alice.until(/ has left the chat$/);
+    }
+  });
+
+  test("are lost by a stranger who gives no name within a minute", async () => {
+    jest.useFakeTimers();
+    const { room, log } = openLogged({ maxClients: 3 });
+    const [silent, endless] = [await greeted(room), await greeted(room)];
+    endless.send("alice");
+    jest.advanceTimersByTime(59_000);
+    const late = await greeted(room);
+    jest.advanceTimersByTime(2_000);
+    const unfinished = "* Your name did not end with a newline within a minute.";
+    expect(await silent.rest()).toEqual(["* You gave no name within a minute."]);
+    expect(await endless.rest()).toEqual([unfinished]);
+    expect(log.slice(-2)).toEqual([
+      "Refused 127.0.0.1:PORT: You gave no name within a minute.",
+      "Refused 127.0.0.1:PORT: Your name did not end with a newline within a minute.",
+    ]);
+    late.send("bob\n");
+    expect(await late.line()).toBe("* The room contains: ");
+
+    // Their half of the connections is still open, so only a reset can close them.
+    jest.advanceTimersByTime(6_000);
+    expect(await silent.closed.promise).toBeInstanceOf(Error);
+    await enter(room, "carol");
   });
 
   test.each([
@@ -3248,738 +1895,1379 @@ describe("connections from one address", () => {
     ["localhost", 70],
     ["LOCALHOST", 70],
     ["::ffff:127.0.0.1", 70],
-  ])("a server on %s takes %d of 70 if nothing is said", async (host, count) => {
-    const server = open({ host });
-    const crowd = await Promise.all(Array.from({ length: 70 }, () => Peer.connect(server)));
+  ])("on %s are %d for 70 of one address, unless told otherwise", async (host, count) => {
+    const room = open({ host });
+    const crowd = await Promise.all(times(70, () => Peer.connect(room)));
     const first = await Promise.all(crowd.map((peer) => peer.line()));
     expect(first.filter((line) => line === WELCOME)).toHaveLength(count);
-    expect(first.filter((line) => line === REFUSAL)).toHaveLength(70 - count);
+    expect(first.filter((line) => line === TOO_MANY)).toHaveLength(70 - count);
   });
 
-  test("--max-per-address sets the limit, on loopback, too", async () => {
-    const server = await serve("--max-per-address", "1");
-    await enter(server, "alice");
-    const bob = await Peer.connect(server);
-    expect(await bob.rest()).toEqual([REFUSAL]);
-    const wrong = new Program(process.execPath, "server.ts", "--max-per-address", "0");
-    expect(await wrong.exited).toBe(2);
-    expect(wrong.problems).toMatch(/^--max-per-address takes a number from 1/);
+  test.each([
+    ["127.0.0.1", "127.0.0.1"],
+    ["::ffff:127.0.0.1", "127.0.0.1"],
+    ["::FFFF:192.0.2.7", "192.0.2.7"],
+    ["2001:db8:1:2:3:4:5:6", "2001:db8:1:2"],
+    ["2001:db8:1:2::6", "2001:db8:1:2"],
+    ["2001:db8::6", "2001:db8:0:0"],
+    ["2001:db8::1:2:3:4:5", "2001:db8:0:1"],
+    ["::1", "0:0:0:0"],
+    ["fe80::1%eth0", "fe80:0:0:0"],
+  ])("are counted by address: %s is %s", (host, key) => {
+    expect(addressKey(host)).toBe(key);
   });
 });
 
-// --- The client --------------------------------------------------------------------------------
-// Its server is the smallest that keeps the public protocol, so nothing here rests on ours.
+// --- 8. Shutdown -------------------------------------------------------------------------------
 
-const CLIENT = `${import.meta.dir}/client.ts`;
-const DEADLINE = 4000; // ms; only a test that fails waits so long
-const cleanups: (() => void)[] = [];
-afterEach(() => {
-  for (const cleanup of cleanups.splice(0)) cleanup();
-});
-
-/** Text that grows, and a way to wait for what comes next in it: each `until` starts behind the last. */
-function transcript() {
-  let [text, seen] = ["", 0];
-  let changed = Promise.withResolvers<void>();
-  return {
-    get text() {
-      return text;
-    },
-    add(more: string) {
-      text += more;
-      changed.resolve();
-      changed = Promise.withResolvers();
-    },
-    /** Waits until `check` of the whole text is not undefined, and returns that. */
-    async when<T>(check: (text: string) => T | undefined, missing: () => string): Promise<T> {
-      const late = Promise.withResolvers<never>();
-      const timer = setTimeout(() => late.reject(new Error(missing())), DEADLINE);
-      try {
-        for (;;) {
-          const result = check(text);
-          if (result !== undefined) return result;
-          await Promise.race([changed.promise, late.promise]);
-        }
-      } finally {
-        clearTimeout(timer);
-      }
-    },
-    until(wanted: string | RegExp): Promise<string> {
-      const pattern = typeof wanted === "string" ? RegExp(RegExp.escape(wanted)) : wanted;
-      const next = () => {
-        const match = pattern.exec(text.slice(seen));
-        seen += match ? match.index + match[0].length : 0;
-        return match?.[0];
-      };
-      return this.when(next, () => `no ${pattern} in ${JSON.stringify(text.slice(seen))}`);
-    },
-  };
-}
-
-type Member = {
-  name: string;
-  ended: boolean;
-  write(bytes: string | Uint8Array): void;
-  sent(): boolean;
-  drop(): void;
-};
-
-/** The smallest Budget Chat server; all that clients say is in its transcript as `name: text`. */
-function budgetChat(options: { greeting?: string; roster?: string; farewell?: string } = {}) {
-  const heard = transcript();
-  const peers: Member[] = [];
-  const refusals: string[] = []; // the next names are answered with these
-  const { greeting = "Welcome to the chat! What is your name?" } = options;
-  const listener = Bun.listen<{ peer: Member; rest: Uint8Array }>({
-    hostname: "127.0.0.1",
-    port: 0,
-    allowHalfOpen: true,
-    socket: {
-      open(socket) {
-        let queue = new Uint8Array();
-        const peer: Member = {
-          name: "",
-          ended: false,
-          write(bytes) {
-            queue = Buffer.concat([queue, Buffer.from(bytes)]);
-            queue = queue.subarray(Math.max(0, socket.write(queue)));
-          },
-          sent: () => queue.length === 0,
-          drop: () => socket.terminate(),
-        };
-        peers.push(peer);
-        socket.data = { peer, rest: new Uint8Array() };
-        if (greeting) peer.write(`${greeting}\n`);
-      },
-      drain(socket) {
-        const { peer } = socket.data;
-        peer.write("");
-        if (peer.ended && peer.sent()) socket.shutdown();
-      },
-      data(socket, chunk) {
-        const { peer } = socket.data;
-        const lines = Buffer.concat([socket.data.rest, chunk]).toString().split("\n");
-        socket.data.rest = Buffer.from(lines.pop() ?? "");
-        for (const line of lines) {
-          if (peer.name) {
-            heard.add(`${peer.name}: ${line}\n`);
-            continue;
-          }
-          const refusal = refusals.shift();
-          heard.add(refusal ? `refused: ${line}\n` : `joined: ${line}\n`);
-          if (refusal) {
-            socket.write(`${refusal}\n`);
-            socket.shutdown();
-            return;
-          }
-          peer.name = line;
-          if (options.roster !== "") {
-            peer.write(`${options.roster ?? "* The room contains: bob, carol"}\n`);
-          }
-        }
-      },
-      end(socket) {
-        socket.data.peer.ended = true;
-        heard.add(`end of ${socket.data.peer.name}\n`);
-        socket.data.peer.write(options.farewell ?? "");
-        if (socket.data.peer.sent()) socket.shutdown();
-      },
-      close: (socket) => heard.add(`closed ${socket.data.peer.name}\n`),
-    },
-  });
-  cleanups.push(() => listener.stop(true));
-  return {
-    port: listener.port,
-    until: (wanted: string | RegExp) => heard.until(wanted),
-    get heard() {
-      return heard.text;
-    },
-    peers,
-    refusals,
-    say(...lines: string[]) {
-      for (const peer of peers)
-        if (peer.name) peer.write(lines.map((line) => `${line}\n`).join(""));
-    },
-    stop() {
-      listener.stop(true);
-    },
-  };
-}
-
-/** A program in a pseudo-terminal. */
-function inTerminal(command: string[], { columns = 80, env = {} as Record<string, string> } = {}) {
-  const screen = transcript();
-  const decoder = new TextDecoder();
-  const child = Bun.spawn(command, {
-    // Where CI is set, a terminal is taken for one without colours.
-    env: { ...process.env, CI: undefined, NO_COLOR: "1", TERM: "xterm-256color", ...env },
-    terminal: {
-      cols: columns,
-      rows: 24,
-      data: (_, bytes) => screen.add(decoder.decode(bytes, { stream: true })),
-    },
-  });
-  cleanups.push(() => child.kill("SIGKILL"));
-  return {
-    child,
-    until: (wanted: string | RegExp) => screen.until(wanted),
-    when: screen.when,
-    get screen() {
-      return screen.text;
-    },
-    type: (keys: string) => void child.terminal?.write(keys),
-    exited: child.exited,
-  };
-}
-
-const terminal = (port: number, args: string[] = [], options = {}) =>
-  inTerminal([process.execPath, CLIENT, "--port", `${port}`, ...args], options);
-
-/** A client in a pipe. */
-function piped(port: number, args: string[] = []) {
-  const child = Bun.spawn([process.execPath, CLIENT, "--port", `${port}`, ...args], {
-    stdin: "pipe",
-    stdout: "pipe",
-    stderr: "pipe",
-  });
-  cleanups.push(() => child.kill("SIGKILL"));
-  const result = (async () => {
-    const [out, err] = await Promise.all([child.stdout.text(), child.stderr.text()]);
-    return { out, err, code: await child.exited };
-  })();
-  return { child, result, write: (text: string) => void child.stdin.write(text) };
-}
-
-/** What a person sees of `output` in a terminal so many columns wide: its rows, and where the cursor is. */
-function picture(output: string, columns: number) {
-  const rows: string[][] = [[]];
-  let [x, y] = [0, 0];
-  const row = () => (rows[y] ??= []);
-  for (const [, up = "", code = "", character = ""] of output.matchAll(
-    /\x1b\[([\d;?]*)([A-Za-z])|([^\x1b])/gu,
-  )) {
-    const n = Number.parseInt(up) || 1;
-    if (code === "A") y = Math.max(0, y - n);
-    else if (code === "B") y += n;
-    else if (code === "C") x = Math.min(columns - 1, x + n);
-    else if (code === "D") x = Math.max(0, Math.min(x, columns - 1) - n);
-    else if (code === "G") x = n - 1;
-    else if (code === "J" || code === "K") {
-      row().splice(x);
-      if (code === "J") rows.splice(y + 1);
-    } else if (character === "\r") x = 0;
-    else if (character === "\n") y++;
-    else if (character === "\t") x = Math.min(columns - 1, x - (x % 8) + 8);
-    else if (character === "\x07" || code) continue;
-    else {
-      const width = Bun.stringWidth(character);
-      if (x + width > columns) [x, y] = [0, y + 1];
-      while (row().length < x) row().push(" ");
-      row().splice(x, width, character, ...(width === 2 ? [""] : []));
-      x += width;
+describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
+  test("tells everybody, closes, and leaves the port free at once", async () => {
+    const room = openRoom();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const stranger = await greeted(room);
+    const stopped = room.stop();
+    for (const peer of [alice, bob, stranger]) {
+      expect(await peer.rest()).toEqual([SHUTDOWN]);
+      peer.socket.end();
     }
+    await stopped;
+    await enter(openRoom({ port: room.port }), "alice");
+  });
+
+  test("under load delivers all that was sent before, to everybody", async () => {
+    const room = openRoom();
+    const crowd = await enterAll(room, ...called("user", 30));
+    for (const peer of crowd) peer.send(toText(numbered(100)));
+    const stopped = room.stop();
+    for (const peer of crowd) {
+      const lines = await peer.rest();
+      expect(lines).toHaveLength(29 * 100 + 1);
+      expect(lines.at(-1)).toBe(SHUTDOWN);
+      peer.socket.end();
+    }
+    await stopped;
+  });
+
+  test("sends a slow reader's queue to its end", async () => {
+    const room = openRoom();
+    const [alice, carol] = await enterAll(room, "alice", "carol");
+    const said = await lagBehind(room, alice, carol, 1024 * 1024 - 4100);
+    // Now to the very byte: the notice of the shutdown does not fit any more.
+    const text = "z".repeat(MIB - queued(room, "carol") - "[alice] \n".length);
+    alice.send(`${text}\n`);
+    await alice.ping();
+    expect(queued(room, "carol")).toBe(MIB);
+    const stopped = room.stop();
+    expect(await alice.rest()).toEqual([SHUTDOWN]);
+    carol.socket.resume();
+    expect(await carol.rest()).toEqual([...said, `[alice] ${text}`, SHUTDOWN]);
+    for (const peer of [alice, carol]) peer.socket.end();
+    await stopped;
+  });
+
+  test("is not held up by a flood that is held back, whose sender is told of the loss", async () => {
+    jest.useFakeTimers();
+    const room = openRoom({ rate: 10 });
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    alice.send("flood\n".repeat(50_000));
+    await bob.lines(NEWCOMER_LINES);
+    for (const peer of [alice, bob]) void peer.ended.promise.then(() => peer.socket.shutdown());
+    expect(await timeToStop(room)).toBeLessThan(2_000); // the deadline
+    expect(await bob.rest()).toEqual([SHUTDOWN]);
+    expect(await alice.rest()).toEqual(["* Your last lines came too late: 100 or more.", SHUTDOWN]);
+  });
+
+  test("is not held up by an endless line, behind which lines may be lost", async () => {
+    jest.useFakeTimers();
+    const room = openRoom({ rate: 10 });
+    const alice = await enter(room, "alice");
+    alice.send(`${"x".repeat(9_000_000)}\nhello\n`);
+    while (room.memoryUsed < 4096) await turns(1);
+    await turns(50);
+    void alice.ended.promise.then(() => alice.socket.shutdown());
+    expect(await timeToStop(room)).toBeLessThan(2_000); // the deadline
+    expect(await alice.rest()).toEqual(["* Your last lines may have come too late.", SHUTDOWN]);
+  });
+});
+
+/** Stops a room. Resolves with the ms of fake time that it takes. */
+async function timeToStop(room: Server): Promise<number> {
+  let isStopped = false;
+  let waited = 0;
+  const stopping = room.stop().then(() => (isStopped = true));
+  for (; !isStopped && waited < 10_000; waited += 5) {
+    jest.advanceTimersByTime(5);
+    await turns(1);
   }
-  if (x === columns) [x, y] = [0, y + 1];
-  const text = Array.from(rows, (cells = []) => cells.join("").trimEnd()).join("\n");
-  return { text: text.trimEnd().replace(/^\d\d:\d\d /gm, ""), x, y };
+  await stopping;
+  return waited;
 }
 
-/** Joins as Alex and waits for the prompt. */
-async function joined(server: ReturnType<typeof budgetChat>, args: string[] = [], options = {}) {
-  const alex = terminal(server.port, ["--name", "Alex", ...args], options);
-  await alex.until("The room contains");
-  await alex.until("You: ");
-  return alex;
-}
+describe("shutdown", () => {
+  test("does not wait longer than two seconds for those who never read or close", async () => {
+    jest.useFakeTimers();
+    const room = open();
+    const alice = await enter(room, "alice");
+    alice.socket.pause();
+    expect(await timeToStop(room)).toBeWithin(1_900, 2_100);
+  });
 
-const paste = (text: string) => `\x1b[200~${text}\x1b[201~`;
+  test("does not wait for those who never stop sending", async () => {
+    const room = open();
+    const alice = await enter(room, "alice");
+    const flood = () => {
+      if (alice.socket.write("flood\n".repeat(100)) >= 0) setImmediate(flood);
+    };
+    flood();
+    void alice.ended.promise.then(() => alice.socket.terminate());
+    await room.stop();
+  });
+});
 
-describe("menu", () => {
-  test("is what the originals show; q comes back to it, again and again; 2 exits", async () => {
-    const server = budgetChat();
-    const alex = terminal(server.port);
-    await alex.until("Connected to server.");
-    for (let round = 0; round < 3; round++) {
-      await alex.until("1. Join the chat\r\nq. Leave the chat\r\n2. Exit the program\r\n");
-      await alex.until("Enter your choice: ");
-      alex.type("1\r");
-      await alex.until("Enter your username: ");
-      alex.type("Alex\r");
-      await alex.until("Joining the chat as Alex...");
-      await alex.until("You: ");
-      alex.type("Hello everyone!\r");
-      await server.until("Alex: Hello everyone!\n");
-      alex.type("q\r");
-      await server.until("end of Alex");
+// --- 9. The server program ---------------------------------------------------------------------
+
+describe.concurrent("bun server.ts", () => {
+  test("logs who comes, what is said and who goes, with the local time", async () => {
+    const server = await serve();
+    const alex = await enter(server, "Alex");
+    alex.send("Hello\r\x1b[31m everyone!\u2028\n/nick Sasha\n/msg Sasha a secret\n");
+    alex.socket.shutdown();
+    await server.out.until(/Removing user/);
+    server.child.kill("SIGTERM");
+    const { code, out } = await server.result();
+    expect(code).toBe(0);
+    const lines = out.trimEnd().split("\n");
+    for (const line of lines) expect(line).toMatch(/^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S/);
+    expect(lines.map((line) => line.slice(20).replace(/:\d{4,5}\b/, ":PORT"))).toEqual([
+      "Server is running on 127.0.0.1:PORT, waiting for connections...",
+      "New connection from 127.0.0.1:PORT",
+      "User Alex has joined the chat. From 127.0.0.1:PORT",
+      "Received message from Alex: Hello[31m everyone!",
+      "User Alex is now called Sasha.",
+      "Removing user: Sasha from clients",
+      "Server is shutting down",
+    ]);
+  });
+
+  test.each(["SIGINT", "SIGTERM", "SIGHUP"] as const)("ends well by %s", async (signal) => {
+    const server = await serve("--quiet");
+    const alex = await enter(server, "Alex");
+    alex.send("hello\n");
+    await alex.ping();
+    server.child.kill(signal);
+    expect(await alex.rest()).toEqual([SHUTDOWN]);
+    alex.socket.end();
+    const { code, out, err } = await server.result();
+    expect([code, err]).toEqual([0, ""]);
+    expect(out).toMatch(/^.*Server is running on .*\n.*Server is shutting down\n$/);
+  });
+
+  test("ends at once by a second signal", async () => {
+    const server = await serve();
+    const alice = await enter(server, "alice");
+    alice.socket.pause(); // so that the first signal leaves it waiting
+    server.child.kill("SIGTERM");
+    await server.out.until("Server is shutting down");
+    server.child.kill("SIGTERM");
+    expect((await server.result()).code).toBe(143);
+  });
+
+  test("passes its options on to the room", async () => {
+    const limits = ["--max-clients", "3", "--max-per-address", "2", "--rate", "0"];
+    const server = await serve(...limits);
+    const [alice] = await enterAll(server, "alice", "bob");
+    expect(await (await Peer.connect(server)).rest()).toEqual([TOO_MANY]);
+    alice.send("/who\n".repeat(500));
+    expect(await alice.lines(500)).toHaveLength(500);
+    const small = await serve("--max-clients", "1");
+    await enter(small, "alice");
+    expect(await (await Peer.connect(small)).rest()).toEqual([FULL]);
+  });
+
+  const JUNK = `${folder}/junk`;
+  const EMPTY = `${folder}/empty`;
+  const { cert, key } = certificate;
+  test.each([
+    ["--port banana", 2, /^--port takes a number from 0 to 65535, not "banana"/],
+    ["--port 65536", 2, /^--port takes a number/],
+    ["--port", 2, /^Option '--port <value>' argument missing/],
+    ["--rate -1", 2, /^Option '--rate' argument is missing, or begins with -\./],
+    ["--max-clients 0", 2, /^--max-clients takes a number from 1/],
+    ["--max-per-address 0", 2, /^--max-per-address takes a number from 1/],
+    ["--foo", 2, /^Unknown option '--foo'/],
+    ["foo", 2, /^Unexpected argument 'foo'/],
+    ["--host 192.0.2.1", 1, /^This machine has no such address/],
+    ["--host no.such.host.invalid", 1, /^This machine has no such address/],
+    [`--tls-cert ${cert}`, 2, /^--tls-cert and --tls-key go together\. See/],
+    [`--tls-key ${key}`, 2, /^--tls-cert and --tls-key go together\. See/],
+    ["--tls-key=", 2, /^--tls-cert and --tls-key go together\. See/],
+    ["--tls-cert= --tls-key=", 1, /^The certificate or the key is not in PEM/],
+    [`--tls-cert ${folder}/none --tls-key ${key}`, 1, /^The file .*\/none cannot be read\./],
+    [`--tls-cert ${cert} --tls-key ${folder}/none`, 1, /^The file .*\/none cannot be read/],
+    [`--tls-cert ${cert} --tls-key ${folder}`, 1, /not in PEM/],
+    [`--tls-cert ${cert} --tls-key ${renewed.key}`, 1, /^The key does not belong to the cert/],
+    [`--tls-cert ${JUNK} --tls-key ${key}`, 1, /^The certificate or the key is not in PEM/],
+    [`--tls-cert ${cert} --tls-key ${cert}`, 1, /^The certificate or the key is not in PEM/],
+    [`--tls-cert ${cert} --tls-key ${EMPTY}`, 2, /empty file/],
+  ])("with %s says in one line what is wrong, and exits with %d", async (options, code, reason) => {
+    await Promise.all([Bun.write(JUNK, "no certificate\n"), Bun.write(EMPTY, "")]);
+    const command = [process.execPath, "server.ts", "--port", "0", ...options.split(" ")];
+    const result = await inPipe(command).result();
+    expect([result.code, result.out]).toEqual([code, ""]);
+    expect(result.err).toMatch(reason);
+    expect(result.err.trimEnd().split("\n")).toHaveLength(1);
+  });
+
+  test("says that a port is in use, and leaves the other server alone", async () => {
+    const { port } = await serve();
+    const second = inPipe([process.execPath, "server.ts", "--port", `${port}`]);
+    const err = "The port is in use: choose another one with --port.\n";
+    expect(await second.result()).toEqual({ code: 1, out: "", err });
+    await enter({ port }, "alice");
+  });
+
+  test("runs as ./server.ts, and shows its help and its version", async () => {
+    const help = await inPipe(["./server.ts", "--help"]).result();
+    expect(help.code).toBe(0);
+    const options = "host port rate max-clients max-per-address tls-cert tls-key quiet version";
+    for (const option of options.split(" ")) expect(help.out).toContain(`  --${option} `);
+    const { version } = await Bun.file(`${import.meta.dir}/package.json`).json();
+    const shown = { code: 0, out: `bun-chat ${version}\n`, err: "" };
+    expect(await inPipe(["./server.ts", "--version"]).result()).toEqual(shown);
+  });
+
+  /** Starts a server whose output goes to a command of bash; `type` writes to its descriptor 3. */
+  async function serveInto(reader: string) {
+    const command = `exec ${process.execPath} server.ts --port 0 --rate 0 > >(${reader})`;
+    return await serveBy(["bash", "-c", `exec 3<&0; ${command}`]);
+  }
+
+  test.each([
+    ["closed", "head -n 1"],
+    ["not read", "head -n 1; read -r -u 3"],
+  ])("goes on, and ends by SIGTERM, when its standard output is %s", async (_, reader) => {
+    const server = await serveInto(reader);
+    const [alice, bob] = await enterAll(server, "alice", "bob");
+    const lines = times(400, (number) => `${number} ${"t".repeat(4000)}`);
+    alice.send(toText(lines));
+    expect(await bob.lines(400)).toEqual(lines.map((line) => `[alice] ${line}`));
+    await stillServes(server, alice, bob);
+    server.child.kill("SIGTERM");
+    for (const peer of [alice, bob]) {
+      await peer.until(SHUTDOWN);
+      peer.socket.end();
     }
-    await alex.until("Enter your choice: ");
-    alex.type("2\r");
-    expect(await alex.exited).toBe(0);
-    expect(picture(alex.screen, 80).text).toContain(
-      "\nYou: Hello everyone!\nYou: q\n1. Join the chat",
+    expect([await server.child.exited, server.err.text]).toEqual([0, ""]);
+  });
+
+  test("leaves out and counts lines of a log that nobody reads, which takes little memory", async () => {
+    const server = await serveInto("head -n 1; read -r -u 3; exec cat");
+    const [alice, bob] = await enterAll(server, "alice", "bob");
+    const text = `${"t".repeat(4000)}\n`.repeat(25);
+    const talk = async (times: number) => {
+      for (let time = 0; time < times; time++) {
+        alice.send(text);
+        await bob.lines(25);
+      }
+    };
+    await talk(50);
+    const before = memory(server.pid, "VmRSS");
+    await talk(300);
+    expect(memory(server.pid, "VmRSS") - before).toBeLessThan(24 * 1024);
+    server.type("\n");
+    // Only what is said after the reader has caught up is printed, so it is said until it is seen.
+    while (!/\(\d+ lines are missing here: nobody read them in time\)/.test(server.out.text)) {
+      alice.send("again\n");
+      await bob.line();
+    }
+    await stillServes(server, alice, bob);
+  });
+
+  test("serves fewer when there are few file descriptors, says so, and never runs out", async () => {
+    const command = `ulimit -n 128; exec ${process.execPath} server.ts --port 0`;
+    const server = await serveBy(["bash", "-c", command]);
+    await server.out.until("At most 64 clients: more would need more open files (ulimit -n).");
+    const [alice, bob] = await enterAll(server, "alice", "bob");
+    const crowd = await Promise.all(times(300, () => Peer.connect(server)));
+    const first = await Promise.all(crowd.map((peer) => peer.lineOrEnd()));
+    expect(first.filter((line) => line === WELCOME)).toHaveLength(62);
+    expect(first.filter((line) => line === FULL).length).toBeGreaterThanOrEqual(30);
+    // With none left the server would spin: `accept` fails, and the connection stays.
+    expect(fs.readdirSync(`/proc/${server.pid}/fd`).length).toBeLessThan(128);
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    for (const peer of crowd) peer.socket.terminate();
+    for (let greeting: string | null = null; greeting !== WELCOME;) {
+      const late = await Peer.connect(server);
+      greeting = await late.lineOrEnd();
+      late.socket.terminate();
+    }
+    await stillServes(server, alice, bob);
+  });
+
+  test("does not mind connections that are reset before it accepts them", async () => {
+    const server = await serve("--rate", "0");
+    const alice = await enter(server, "alice");
+    server.child.kill("SIGSTOP");
+    const sockets = times(20, () => createConnection(server.port, "127.0.0.1"));
+    await Promise.all(sockets.map((socket) => once(socket, "connect")));
+    for (const socket of sockets) socket.resetAndDestroy();
+    server.child.kill("SIGCONT");
+    await alice.ping();
+    server.child.kill("SIGTERM");
+    await alice.rest();
+    alice.socket.end();
+    expect(await server.result()).toMatchObject({ code: 0, err: "" });
+  });
+
+  test("ends in good order, with exit code 1, by an exception that nobody can explain", async () => {
+    const fail = 'setTimeout(() => { throw new Error("on purpose") })';
+    const code = `process.on("SIGUSR2", () => ${fail}); (await import("./server.ts")).main();`;
+    const options = ["--port", "0", "--rate", "0"];
+    const server = await serveBy([process.execPath, "--eval", code, "--", ...options]);
+    const [alice, bob] = await enterAll(server, "alice", "bob");
+    alice.send(toText(numbered(1000)));
+    server.child.kill("SIGUSR2");
+    expect(await bob.rest()).toEqual([...numbered(1000, "alice"), SHUTDOWN]);
+    expect(await alice.rest()).toEqual([SHUTDOWN]);
+    for (const peer of [alice, bob]) peer.socket.end();
+    const { err, out, code: exitCode } = await server.result();
+    expect(exitCode).toBe(1);
+    expect(err).toContain("on purpose");
+    expect(out).toContain("Server is shutting down");
+  });
+});
+
+// --- 10. The client in a terminal --------------------------------------------------------------
+// First what needs no terminal, as tables. Then what only a terminal can show.
+
+const FAMILY = "👨‍👩‍👧"; // three people and two joiners: one character to a person
+const FLAGS = "🇩🇪🇫🇷";
+
+describe("the lines of the client", () => {
+  test("are the same however their bytes are cut", () => {
+    const random = randomNumbers(7);
+    const whole = ["a", "\n", "é", "漢", FAMILY, "\r\n", "\n\n", "\ufeffx", "\u2028", "\x1b[0m"];
+    const broken = [[0xff], [0xe6, 0xbc], [0xf0, 0x9f], [0xc0, 0x80], [0xed, 0xa0, 0x80]];
+    const parts = [...whole.map((part) => Buffer.from(part)), ...broken.map(Buffer.from)];
+    for (let round = 0; round < 300; round++) {
+      const bytes = Buffer.concat(times(30, () => parts[random(parts.length)] ?? Buffer.alloc(0)));
+      const split = splitLines(1000);
+      const lines: string[] = [];
+      for (let at = 0; at < bytes.length;) {
+        const next = at + 1 + random(4);
+        lines.push(...split(bytes.subarray(at, next)));
+        at = next;
+      }
+      lines.push(...split());
+
+      const wanted = bytes.toString().split("\n").map(cleanTextOfClient);
+      if (wanted.at(-1) === "") wanted.pop();
+      expect(lines).toEqual(wanted);
+    }
+  });
+
+  test("are cut at a limit, and the next line is whole", () => {
+    const split = splitLines(10);
+    for (let round = 0; round < 100; round++) expect(split(Buffer.from("abc"))).toEqual([]);
+    expect(split(Buffer.from("abc\nnext\n"))).toEqual(["abcabcabca", "next"]);
+    expect(split(Buffer.from(`\n${"x".repeat(11)}\nlast`))).toEqual(["", "x".repeat(10)]);
+    expect(split()).toEqual(["last"]);
+  });
+
+  test("lose the same characters as those of the server", () => {
+    for (let first = 0; first < 0x11_0000; first += 0x1000) {
+      const characters = times(0x1000, (number) => `a${String.fromCodePoint(first + number)}`);
+      expect(cleanTextOfClient(characters.join(""))).toBe(cleanText(characters.join("")));
+    }
+  });
+
+  test.each([
+    ["[bob] hi", { from: "bob" }],
+    ["[bob -> Zoë] hi", { from: "bob", to: "Zoë" }],
+    ["[می‌خواهم] hi", { from: "می‌خواهم" }], // with a joiner
+    ["* bob has joined the chat", { who: "bob", did: "joined" }],
+    ["* bob has left the chat (too slow)", { who: "bob", did: "left" }],
+    ["* bob has entered the room", { who: "bob", did: "entered" }],
+    ["* bob is now called Bill", { who: "bob", renamed: "Bill" }],
+    ["* The room contains: bob, carol", { roster: " bob, carol" }],
+    ["* The room contains:", { roster: "" }],
+    ["* 1 person is here: bob", { roster: " bob" }],
+    ["* 12 people are here: bob", { roster: " bob" }],
+    ["* bob is now called Bill Gates", {}],
+    ["* a b has left the chat", {}],
+    ["[not a name] hi", {}],
+    ["[bob]hi", {}],
+    [" [bob] hi", {}],
+    [`[${"a".repeat(65)}] hi`, {}],
+    ["[bob] * carol has left the chat", { from: "bob" }],
+  ])("mean what they say: %s", (text, parts) => {
+    expect(classify(text)).toEqual({ text, ...parts });
+  });
+});
+
+describe("wrapping", () => {
+  test.each([
+    ["a short text", "one two", 8, 20, ["one two"]],
+    ["between words, under the text", "one two three", 8, 18, ["one two", "........three"]],
+    ["at the very end", "one two", 3, 10, ["one two"]],
+    ["wide characters", "漢字 漢字 漢字", 4, 13, ["漢字 漢字", "....漢字"]],
+    ["no wider than wide characters", "漢字 漢字 漢字", 4, 12, ["漢字", "....漢字", "....漢字"]],
+    ["blanks that pad a row", `hi${" ".repeat(30)}* x`, 4, 20, ["hi", "....* x"]],
+    ["tabs that pad a row", "hi\t\t\t\t* x", 4, 20, ["hi", "....* x"]],
+    [
+      "a long word, which the terminal wraps",
+      "a http://b.org b",
+      4,
+      14,
+      ["a http://b.org", "....b"],
+    ],
+    ["blanks in disguise", "漢\u3000\u3000\u3000*x", 4, 11, ["漢\u3000\u3000", "....\u3000*x"]],
+  ] as const)("%s", (_, text, start, columns, rows) => {
+    const wrapped = wrapText(text, start, start, columns).split("\n");
+    const wanted = rows.map((row) => row.replace(/^\.+/, (dots) => " ".repeat(dots.length)));
+    expect(wrapped.map((row) => row.trimEnd())).toEqual(wanted.map((row) => row.trimEnd()));
+  });
+
+  test("loses no word, and lets no row begin at the left, whatever the text", () => {
+    const random = randomNumbers(3);
+    const parts = `a|word| |   |漢字|\t|${FAMILY}|\u00a0|\u3000|*|\u2800`.split("|");
+    for (let round = 0; round < 700; round++) {
+      const text = times(60, () => parts[random(parts.length)]).join("");
+      const columns = 12 + random(40);
+      const indent = 1 + random(columns >> 1);
+      const [first = "", ...others] = wrapText(text, indent, indent, columns).split("\n");
+      const blank = " ".repeat(indent);
+      expect(others.filter((row) => !row.startsWith(blank))).toEqual([]);
+      expect([first, ...others].join("").replace(/[ \t]+/g, "")).toBe(text.replace(/[ \t]+/g, ""));
+      const shown = picture(`${blank}${[first, ...others].join("\r\n")}`, columns).text.split("\n");
+      const atLeft = shown.filter((row) => row && !row.startsWith(blank));
+      expect(atLeft.filter((row) => !/^[!-~]/.test(row))).toEqual([]); // only of a long ASCII word
+    }
+  });
+});
+
+describe("rows of what is typed", () => {
+  test.each([
+    ["abc|", ["abc"], 0, "abc"],
+    ["|", [""], 0, ""],
+    ["abcdefghij|", ["abcdefghij", ""], 1, ""],
+    ["abcdefghi|j", ["abcdefghij"], 0, "abcdefghi"],
+    ["|abcdefghijk", ["abcdefghij", "k"], 0, ""],
+    ["abcdefghij|k", ["abcdefghij", "k"], 1, ""],
+    ["abcdefghi漢|", ["abcdefghi", "漢"], 1, "漢"],
+    ["abcdefghi|漢", ["abcdefghi", "漢"], 1, ""],
+    [`12345678${FLAGS}|x`, ["12345678🇩🇪", "🇫🇷x"], 1, "🇫🇷"],
+    [`1234567${FAMILY}${FAMILY}|`, [`1234567${FAMILY}`, FAMILY], 1, FAMILY],
+  ] as const)("%s", (marked, rows, row, before) => {
+    const text = marked.replace("|", "");
+    expect(cutRows(text, marked.indexOf("|"), 10)).toEqual({ rows: [...rows], row, before });
+  });
+});
+
+describe("the editor", () => {
+  const people = ["bob", "bill", "Boris"];
+
+  /** What is in it after what is typed, keys such as `<left>`, and `{pastes}`; `|` is the cursor. */
+  function edit(typed: string, editor = createEditor((before) => complete(before, people))) {
+    for (const [, key, pasted, text = ""] of typed.matchAll(/<([a-z+]+)>|\{(.*?)\}|([^<{]+)/g)) {
+      if (key === "enter") editor.enter(true);
+      else if (key) editor.press(key);
+      else editor.insert(pasted ?? text, pasted !== undefined);
+    }
+    return `${editor.text.slice(0, editor.cursor)}|${editor.text.slice(editor.cursor)}`;
+  }
+
+  test.each([
+    ["in the middle", "hello<left><left>X", "helX|lo"],
+    ["the ends", "ell<home>h<end>o<ctrl+a><ctrl+f><ctrl+e><ctrl+b>", "hell|o"],
+    ["nothing beyond the ends", "a<left><left><backspace><right><right><delete>b", "ab|"],
+    ["Left over a family", `a${FAMILY}b<left><left>`, `a|${FAMILY}b`],
+    ["Right over a family", `a${FAMILY}b<home><right><right>`, `a${FAMILY}|b`],
+    ["Backspace over a family", `a${FAMILY}b<left><backspace>`, "a|b"],
+    ["Delete over a family", `${FAMILY}b<home><delete>`, "|b"],
+    ["between two flags", `${FLAGS}<left>`, "🇩🇪|🇫🇷"],
+    ["Backspace over a flag", `${FLAGS}<backspace>`, "🇩🇪|"],
+    ["a letter with an accent", "ae\u0301<backspace>b", "ab|"],
+    ["a syllable of two letters", "कि<left>x", "x|कि"],
+    ["Ctrl+W, Ctrl+Y", "one two  three<ctrl+w><ctrl+y><ctrl+y>", "one two  threethree|"],
+    ["Ctrl+W with blanks behind", "one two  <ctrl+w>", "one |"],
+    ["Ctrl+U", "one two<left><ctrl+u>", "|o"],
+    ["Ctrl+K", "one two<home><alt+f><ctrl+k>", "one|"],
+    ["Ctrl+Y brings back the last one only", "one two<ctrl+w><ctrl+u><ctrl+y>", "one |"],
+    ["what kills nothing forgets nothing", "a b<ctrl+w><ctrl+k><end><ctrl+y>", "a b|"],
+    ["Backspace is not brought back", "a b<ctrl+w><backspace><ctrl+y>", "ab|"],
+    ["word by word", "one two three<alt+b><ctrl+left><alt+d>X", "one X| three"],
+    ["word by word, to the right", "one two<home><alt+right><ctrl+right>!", "one two!|"],
+    ["Alt+Backspace", "one two<alt+backspace>", "one |"],
+    ["Ctrl+D", "ab<home><ctrl+d>", "|b"],
+    ["keys that mean nothing", "a<f><ctrl+x><escape>b", "ab|"],
+
+    ["Up and Down", "one<enter>two<enter><up><up><down>", "two|"],
+    ["Up does not go beyond the first", "one<enter>two<enter><up><up><up><up><down>", "two|"],
+    ["Ctrl+P, Ctrl+N", "one<enter>two<enter><ctrl+p><ctrl+p><ctrl+n>!", "two!|"],
+    ["a draft comes back", "one<enter>hello world<home><up><down>", "hello world|"],
+    ["a draft like no old line is kept", "one<enter>xyz<up><up><down>", "xyz|"],
+    ["a draft without history", "hello<home><up><down>", "|hello"],
+    ["a draft survives a long walk", "a<enter>b<enter>c<up><up><down><down><down>", "c|"],
+    ["what is said twice is kept once", "a<enter>b<enter>b<enter><up><up>", "a|"],
+    ["blank lines are not kept", "a<enter> <enter><enter><up>", "a|"],
+    ["an old line is not changed", "one<enter><up>X<enter><up><up>", "one|"],
+
+    ["Tab", "b<tab>", "Boris: |"],
+    ["Tab, Tab", "b<tab><tab>", "bill: |"],
+    ["all around", "b<tab><tab><tab><tab>", "Boris: |"],
+    ["Shift+Tab goes back", "b<tab><tab><shift+tab>", "Boris: |"],
+    ["Shift+Tab begins with the last", "b<shift+tab>", "bob: |"],
+    ["Tab keeps what stands behind", "b me<home><right><tab>", "Boris: | me"],
+    ["Tab twice keeps it, too", "b me<home><right><tab><tab>", "bill: | me"],
+    ["Tab anew after a letter", "b<tab><backspace><backspace><tab><tab>", "Boris: |"],
+    ["Tab with nothing to offer", "x<tab><tab>y", "xy|"],
+  ])("%s", (_, typed, wanted) => {
+    expect(edit(typed)).toBe(wanted);
+  });
+
+  test("keeps the last thousand lines", () => {
+    const editor = createEditor(() => []);
+    edit(numbered(1001).join("<enter>") + "<enter>", editor);
+    expect(edit("<up>".repeat(1000), editor)).toBe("line 1|");
+    expect(edit("<up><down>", editor)).toBe("line 2|");
+  });
+
+  test.each([
+    ["a paste", "{/quit}", true],
+    ["typed", "/quit", false],
+    ["typed behind a paste", "{/qu}it", true],
+    ["pasted behind what is typed", "/msg bob {text}", false],
+    ["pasted before what is typed", "it<home>{/qu}", true],
+    ["typed before a paste", "{quit}<home>/", false],
+    ["typed after a paste is erased", "{/}<backspace>/quit", false],
+    ["another line than the pasted one", "{/a}<enter>/b", false],
+    ["a draft that comes back", "a<enter>{/quit}<up><down>", true],
+    ["nothing, after a paste is erased", "{/}<backspace>", false],
+    ["brought back", "{/quit}<enter>/who<enter><up><up>", true],
+    ["taken away and brought back", "{/quit}<ctrl+u><ctrl+y>", true],
+    ["a typed one brought back instead of a paste", "a<enter>{b}<up>", false],
+  ])("knows whether a line begins with a paste: %s", (_, typed, isPasted) => {
+    const editor = createEditor(() => []);
+    edit(typed, editor);
+    expect(editor.enter(true).isPasted).toBe(isPasted);
+    expect([editor.text, editor.cursor]).toEqual(["", 0]);
+  });
+
+  test.each([
+    ["b", ["Boris: ", "bill: ", "bob: "]],
+    ["BO", ["Boris: ", "bob: "]],
+    ["hi b", ["hi Boris ", "hi bill ", "hi bob "]],
+    ["@b", ["@Boris ", "@bill ", "@bob "]],
+    ["hi @BI", ["hi @bill "]],
+    ["/msg ", ["/msg Boris ", "/msg bill ", "/msg bob "]],
+    ["", ["Boris: ", "bill: ", "bob: "]],
+    ["x", []],
+    ["/m", ["/msg "]],
+    ["/I", ["/ignore "]],
+    ["/", ["/help ", "/who ", "/nick ", "/msg ", "/ignore ", "/quit "]],
+    ["//m", []],
+    ["say /m", []],
+  ])("offers for %j: %j", (before, offers) => {
+    expect(complete(before, people)).toEqual(offers);
+  });
+
+  test("offers the very name first", () => {
+    const names = ["Willi", "willi6", "WILLIBALD"];
+    expect(complete("willi", names)).toEqual(["Willi: ", "WILLIBALD: ", "willi6: "]);
+    expect(complete("hi @WILLI6", names)).toEqual(["hi @willi6 "]);
+    expect(complete("@willi", names)[0]).toBe("@Willi ");
+  });
+});
+
+describe("a roster", () => {
+  const roster = (names: readonly string[]) => classify(`* The room contains: ${names.join(", ")}`);
+
+  test("that fits two rows is shown as it is", () => {
+    const entry = roster(["bob", "Alice", "carol"]);
+    expect(shortenRoster(entry, 40)).toBe(entry.text);
+    expect(shortenRoster({ text: "x".repeat(500) }, 40)).toBe("x".repeat(500));
+  });
+
+  test("of many is counted, sorted and cut to two rows", () => {
+    const many = roster(["Zoë", "bob", "Alice", "élan", ...times(200, (n) => `x${n}`)]);
+    expect(shortenRoster(many, 60)).toStartWith(
+      "* 204 people are here: Alice, bob, élan, x0, x1, ",
     );
+    for (let columns = 40; columns < 200; columns++) {
+      const text = shortenRoster(many, columns);
+      const [, names = "", more] =
+        /here: (.*) and (\d+) more \(\/who shows all\)$/.exec(text) ?? [];
+      expect(names.split(", ").length + Number(more)).toBe(204);
+      const rows = wrapText(text.slice(2), 8, 8, columns).split("\n");
+      expect(rows.length).toBeLessThanOrEqual(2);
+      if (columns >= 80) expect(rows.join("").length).toBeGreaterThan(columns);
+    }
   });
+});
 
-  test("what is typed ahead is not lost", async () => {
+/** Waits until a terminal shows these rows at its bottom, without times, with `|` for the cursor. */
+async function shows(terminal: Terminal, wanted: string, columns = 80, height = Infinity) {
+  const look = () => `\n${picture(terminal.out.text, columns, height).marked}`;
+  await terminal.out.soon(
+    () => look().endsWith(`\n${wanted}`) || undefined,
+    () => `no ${JSON.stringify(wanted)} in ${look().slice(-2000)}`,
+  );
+}
+
+const MENU = `1. Join the chat
+q. Leave the chat
+2. Exit the program
+Enter your choice: `;
+
+describe("the menu", () => {
+  test("speaks as it always has, and q in the chat comes back to it", async () => {
     const server = budgetChat();
-    const alex = terminal(server.port);
-    alex.type("1\rAlex\rone\rtwo\rq\r2\r");
-    await server.until("Alex: one\nAlex: two\nend of Alex");
-    expect(await alex.exited).toBe(0);
+    const alex = inTerminal(client(server.port));
+    await shows(alex, `Connected to server.\n${MENU}|`);
+    alex.type("3\r");
+    await shows(alex, `Enter your choice: 3\nInvalid choice. Try again.\n${MENU}|`);
+    alex.type("1\r");
+    await shows(alex, "Enter your choice: 1\nEnter your username: |");
+    alex.type(" Alex \r");
+    const inRoom = "Joining the chat as Alex...\n* The room contains: bob, carol\nYou: ";
+    await shows(alex, `Enter your username:  Alex\n${inRoom}|`);
+    alex.type("Hello everyone!\rQ\r");
+    const left = "You: Hello everyone!\nLeaving the chat...\nConnection closed.\n";
+    await shows(alex, `${left}${MENU}|`);
+    alex.type("1\rAlex\r");
+    await shows(alex, `${inRoom}|`);
+    alex.type("q\r");
+    await shows(alex, `Leaving the chat...\nConnection closed.\n${MENU}|`);
+    alex.type("Q\r");
+    await alex.out.until("Disconnecting from the server...\r\n");
+    expect(await alex.exited()).toBe(0);
+    const [, ...said] = server.heard.text.split("joined: ");
+    const round = /^Alex\n(Alex: Hello everyone!\n)?end of Alex\nclosed Alex\n/;
+    expect(said.map((words) => round.test(words))).toEqual([true, true]);
   });
 
-  test("a name that is refused is asked for again", async () => {
+  test("takes what is typed ahead, and 2 ends the program", async () => {
+    const server = budgetChat();
+    const alex = inTerminal(client(server.port));
+    alex.type("1\rＡlex\rone\rtwo\rq\r2\r"); // the first letter is a wide one
+    await server.heard.until("joined: Alex\nAlex: one\nAlex: two\nend of Alex\n");
+    await alex.out.until("Exiting the program.\r\n");
+    expect(await alex.exited()).toBe(0);
+  });
+
+  test("is ended by an empty line, but not by a paste, with or without brackets", async () => {
+    const alex = inTerminal(pacedClient({ blank: 50 }, budgetChat().port));
+    await shows(alex, `${MENU}|`);
+    alex.type(`${paste("one\r\r2\rq\r/quit\r")}two\r\r1\r`);
+    await shows(alex, "Enter your choice: 1\nEnter your username: |");
+    alex.type("\r");
+    await shows(alex, `Enter your username:\n${MENU}|`);
+    alex.type("\r");
+    await alex.out.until("Exiting the program.\r\n");
+    expect(await alex.exited()).toBe(0);
+  });
+
+  test("connects again when the server is gone, was reset, or comes back later", async () => {
+    const server = budgetChat();
+    const alex = inTerminal(client(server.port));
+    await shows(alex, `${MENU}|`);
+    server.drop();
+    alex.type("3\r");
+    await shows(alex, `Invalid choice. Try again.\n${MENU}|`);
+    alex.type("1\rAlex\rone\rq\r");
+    await server.heard.until("Alex: one\nend of Alex\nclosed Alex\n");
+    await shows(alex, `${MENU}|`);
+    server.stop();
+    alex.type("1\rAlex\r");
+    const address = `127.0.0.1:${server.port}`;
+    await shows(alex, `Could not connect to ${address}. Is the server running?\n${MENU}|`);
+    const again = budgetChat({ port: server.port });
+    alex.type("1\rAlex\rtwo\r");
+    await again.heard.until("joined: Alex\nAlex: two\n");
+  });
+
+  test("is left out with --name, and names that are refused are asked for again", async () => {
     const server = budgetChat();
     server.refusals.push("* The name Alex is taken.", "* A name is 1 to 32 letters and digits.");
-    const alex = terminal(server.port, ["--name", "Alex"]);
-    await alex.until("* The name Alex is taken.");
-    await alex.until("Enter your username: ");
+    const alex = inTerminal(client(server.port, "--name", "Alex"));
+    const begin = "Connected to server.\nJoining the chat as Alex...\n* The name Alex is taken.\n";
+    await shows(alex, `${begin}Enter your username: |`);
     alex.type("!\r");
-    await alex.until("* A name is 1 to 32");
-    await alex.until("Enter your username: ");
-    alex.type("Al\r");
-    await alex.until("The room contains");
-    alex.type("hi\r");
-    await server.until("Al: hi\n");
-  });
-
-  test("a connection that the server ends during the menu is made again to join", async () => {
-    const server = budgetChat();
-    const alex = terminal(server.port);
-    await alex.until("Enter your choice: ");
-    server.peers[0]?.drop();
-    alex.type("1\rAlex\rhi\r");
-    await server.until("Alex: hi\n");
-    expect(server.peers).toHaveLength(2);
+    await shows(alex, "* A name is 1 to 32 letters and digits.\nEnter your username: |");
+    alex.type("Al\rhi\r");
+    await server.heard.until("refused: Alex\n");
+    await server.heard.until("refused: !\n");
+    await server.heard.until("joined: Al\nAl: hi\n");
   });
 });
 
-describe("the end", () => {
-  const keys = {
-    "an empty line": "\r",
-    "/quit": "/quit\r",
-    "/QUIT ": "/QUIT \r",
-    "Ctrl+D": "\x04",
-    "Ctrl+C": "\x03",
-  };
-  for (const [what, typed] of Object.entries(keys)) {
-    test(`${what} ends the program`, async () => {
-      const server = budgetChat();
-      const alex = await joined(server);
-      alex.type(`bye\r${typed}`);
-      await server.until("Alex: bye\nend of Alex");
-      expect(await alex.exited).toBe(0);
-    });
-  }
-
-  test("Ctrl+C with a line half typed, and at a server that never closes", async () => {
-    const server = Bun.listen({
-      hostname: "127.0.0.1",
-      port: 0,
-      allowHalfOpen: true,
-      socket: {
-        open: (socket) => void socket.write("name?\n"),
-        data: (socket) => void socket.write("* The room contains: \n"),
-        end() {},
-      },
-    });
-    cleanups.push(() => server.stop(true));
-    const alex = terminal(server.port, ["--name", "Alex"]);
-    await alex.until("You: ");
-    alex.type("half a li\x03");
-    expect(await alex.exited).toBe(0);
+describe("the way out", () => {
+  test.each([
+    ["an empty line", "\r"],
+    ["/quit, in any case", "/QUIT \r"],
+    ["Ctrl+D", "\x04"],
+    ["Ctrl+C with a line half typed, which vanishes,", "half a li\x03"],
+  ])("%s ends the program, and what was said before arrives", async (_, keys) => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { pace: { blank: 20 } });
+    alex.type(`bye\r${keys}`);
+    await server.heard.until("Alex: bye\nend of Alex\n");
+    expect(await alex.exited()).toBe(0);
+    expect(picture(alex.out.text, 80).text).toEndWith("* The room contains: bob, carol\nYou: bye");
   });
 
-  /** Runs the client in a shell between two `stty -a`, whose answers must be the same. */
-  async function restored(
-    port: number,
-    act: (shell: ReturnType<typeof inTerminal>) => Promise<void>,
-  ) {
-    const client = `sh -c 'echo "pid $$"; exec "$0" "$@"' "$0" "$@"`;
-    const script = `stty -a; echo =; ${client}; echo "code $?"; stty -a; echo ==`;
-    const command = [process.execPath, CLIENT, "--port", `${port}`, "--name", "Alex"];
-    const shell = inTerminal(["sh", "-c", script, ...command]);
-    const before = await shell.until(/^[^]*?=\r\n/);
-    await act(shell);
-    const code = await shell.until(/code \d+\r\n/);
-    const after = await shell.until(/^[^]*?==\r\n/);
-    expect(after.replace("==", "=")).toBe(before);
-    expect(shell.screen.lastIndexOf("\x1b[?2004l")).toBeGreaterThan(
-      shell.screen.lastIndexOf("\x1b[?2004h"),
-    );
-    expect(shell.screen).not.toContain("    at ");
-    return Number(code.slice(5));
-  }
-  for (const [how, wanted] of [
+  test.each([
+    ["SIGINT", 0],
     ["SIGTERM", 143],
     ["SIGHUP", 129],
-    ["SIGINT", 0],
-  ] as const) {
-    test(`the terminal is as it was after ${how}`, async () => {
-      const server = budgetChat();
-      const code = await restored(server.port, async (shell) => {
-        const pid = await shell.until(/pid \d+/);
-        await shell.until("You: ");
-        process.kill(Number(pid.slice(4)), how);
-      });
-      expect(code).toBe(wanted);
-    });
-  }
-
-  test("the terminal is as it was when there is no server", async () => {
+    ["SIGUSR2", 1], // an exception, see below
+    ["Ctrl+C in the middle of a paste", 0],
+    ["no server", 1],
+  ])("leaves the terminal as it was: %s", async (how, wanted) => {
     const server = budgetChat();
-    server.stop();
-    const code = await restored(server.port, async (shell) => {
-      await shell.until(
-        `Could not connect to 127.0.0.1:${server.port}. Is the server running?\r\n`,
-      );
-    });
-    expect(code).toBe(1);
-  });
-
-  test("the terminal is as it was after Ctrl+C in the middle of a paste", async () => {
-    const server = budgetChat();
-    const code = await restored(server.port, async (shell) => {
-      await shell.until("You: ");
-      shell.type("\x1b[200~one\rtwo\rthr");
-      await server.until("Alex: two\n");
-      shell.type("\x03");
-    });
-    expect(code).toBe(0);
+    if (how === "no server") server.stop();
+    const fault = `process.on("SIGUSR2", () => { throw new Error("not foreseen"); })`;
+    const command = pacedClient({}, server.port, ["--name", "Alex"], fault);
+    const start = `sh -c 'echo "pid $$"; exec "$0" "$@"' "$0" "$@"`;
+    const script = `stty -a; echo =; ${start}; echo "code $?"; stty -a; echo =`;
+    const shell = inTerminal(["sh", "-c", script, ...command]);
+    const [before] = await shell.out.until(/^[^]*?=\r\n/);
+    const [, pid] = await shell.out.until(/pid (\d+)/);
+    if (how !== "no server") {
+      await shell.out.until("You: ");
+      shell.type(`\x1b[200~one\rtwo\rhalf${how.startsWith("SIG") ? "\x1b[201~" : ""}`);
+      await server.heard.until("Alex: two\n");
+      await shell.out.until("half");
+      if (how.startsWith("SIG")) process.kill(Number(pid), how);
+      else shell.type("\x03");
+    }
+    const [shown, code] = await shell.out.until(/^[^]*?code (\d+)\r\n/);
+    const [after] = await shell.out.until(/^[^]*?=\r\n/);
+    expect([Number(code), after]).toEqual([wanted, before]);
+    if (how === "SIGUSR2") expect(shown).toContain("not foreseen\r\n");
+    if (how === "no server") expect(shown).toContain("Is the server running?\r\n");
+    expect(picture(shown, 80).text).not.toMatch(/^ *at /m); // no trace of a stack
+    const { text } = shell.out;
+    expect(text.lastIndexOf("\x1b[?2004l")).toBeGreaterThan(text.lastIndexOf("\x1b[?2004h"));
+    expect(text.lastIndexOf("\x1b[?7h")).toBeGreaterThan(text.lastIndexOf("\x1b[?7l"));
   });
 
   test("a terminal that hangs up ends the program without a trace", async () => {
     const server = budgetChat();
-    const problems = `${mkdtempSync(`${tmpdir()}/bun-chat-`)}/stderr`;
-    cleanups.push(() => rmSync(dirname(problems), { recursive: true }));
-    const client = [process.execPath, CLIENT, "--port", `${server.port}`, "--name", "Alex"];
-    const alex = inTerminal(["sh", "-c", `exec "$0" "$@" 2>${problems}`, ...client]);
-    await alex.until("You: ");
+    const problems = `${folder}/stderr`;
+    const program = ["sh", "-c", `exec "$0" "$@" 2>${problems}`];
+    const alex = inTerminal([...program, ...client(server.port, "--name", "Alex")]);
+    await alex.out.until("You: ");
     alex.type("half a li");
-    alex.child.terminal?.close();
-    await server.until("end of Alex");
-    await alex.exited;
+    await alex.out.until("half a li");
+    alex.hangUp();
+    await server.heard.until("end of Alex");
+    await alex.child.exited;
     expect(await Bun.file(problems).text()).toBe("");
   });
 
-  test("Ctrl+C while the server still holds back what was pasted says so", async () => {
-    const server = open({ rate: 10 });
-    const bob = await enter(server, "bob");
-    const alex = terminal(server.port, ["--name", "Alex"]);
-    await alex.until("You: ");
-    alex.type(`${paste("a line\r".repeat(200))}half a line`);
-    expect((await bob.lines(10)).at(-1)).toBe("[Alex] a line");
-    await alex.until("half a line");
-    alex.type("\x03");
-    await alex.until("The last lines may be lost.");
-    expect(await alex.exited).toBe(0);
-  });
-
-  test("after Ctrl+Z and fg typing goes on where it was", async () => {
+  test("typing goes on where it was after Ctrl+Z or a stop from outside, and fg", async () => {
     const server = budgetChat();
     const shell = inTerminal(["bash", "--norc", "-i"], { env: { PS1: "[shell] " } });
-    await shell.until("[shell] ");
-    shell.type(`${process.execPath} ${CLIENT} --port ${server.port} --name Alex\r`);
-    await shell.until("You: ");
+    await shell.out.until("[shell] ");
+    const start = client(server.port, "--name", "Alex").join(" ");
+    shell.type(`sh -c 'echo pid $$; exec ${start}'\r`);
+    const [, pid] = await shell.out.until(/pid (\d+)/);
+    await shell.out.until("You: ");
     shell.type("hello wor\x1a");
-    await shell.until(/Stopped[^]*\[shell\] /);
+    await shell.out.until(/Stopped[^]*\[shell\] /);
     shell.type("fg\r");
-    await shell.until("You: hello wor");
+    await shell.out.until("You: hello wor");
     shell.type("ld\x01!");
-    await shell.until("You: !hello world");
-    shell.type("\r");
-    await server.until("Alex: !hello world\n");
-    shell.type("\x04");
-    await server.until("end of Alex");
+    await shows(shell, "You: !|hello world");
+    process.kill(Number(pid), "SIGSTOP");
+    await shell.out.until(/Stopped[^]*\[shell\] /);
+    server.say("[bob] meanwhile");
+    shell.type("fg\r");
+    await shell.out.until("You: !hello world");
+    shell.type("\x05?");
+    await shows(shell, "[bob] meanwhile\nYou: !hello world?|");
+    shell.type("\r\x04");
+    await server.heard.until("Alex: !hello world?\nend of Alex\n");
+    await shell.out.until("[shell] ");
+  });
+
+  test("says what was not sent, and what may be lost", async () => {
+    const server = budgetChat({ resets: true });
+    const alex = await joined(server);
+    alex.type("one\rq\r");
+    const words =
+      "You: one\nLeaving the chat...\nThe last lines may be lost.\nConnection closed.\n";
+    await shows(alex, `${words}${MENU}|`);
+    alex.type("1\rAlex\rtwo\r/quit\r");
+    await alex.out.until("The last lines may be lost.\r\n");
+    expect(await alex.exited()).toBe(1);
+
+    const kim = await joined(server);
+    server.stop();
+    await kim.out.until("Trying again");
+    kim.type("one\rtwo\r/quit\r");
+    await kim.out.until("2 lines were not sent.\r\n");
+    expect(await kim.exited()).toBe(1);
+  });
+
+  test.each([
+    ["/quit", "/quit\r"],
+    ["Ctrl+D", "\x04"],
+    ["Ctrl+C", "\x03"],
+    ["q", "q\r"],
+  ])("Ctrl+C after %s ends it at once, though the server does not close", async (_, keys) => {
+    const server = budgetChat({ neverCloses: true });
+    const pace = { patience: 1, signal: 60_000, exit: 60_000 };
+    const alex = await joined(server, [], { pace });
+    alex.type(`bye\r${keys}`);
+    await server.heard.until("Alex: bye\nend of Alex\n");
+    const patience = "Waiting for the server to take the last lines. Ctrl+C ends at once.\r\n";
+    if (keys !== "\x03") await alex.out.until(patience);
+    alex.type("\x03");
+    await alex.out.until("The last lines may be lost.\r\n");
+    await alex.exited();
+  });
+
+  test.each([
+    ["pipe", `{ stdin: "pipe" }`, 130],
+    ["terminal", "{ terminal: { data() {} } }", 0],
+  ])("a %s of which nobody reads bars no way out, and costs little", async (_, options, code) => {
+    const server = budgetChat();
+    const command = pacedClient({ signal: 100, exit: 200 }, server.port, ["--name", "Alex"]);
+    const program = ["sh", "-c", `exec "$0" "$@" 2>&1`, ...command];
+    const holder = inPipe([
+      process.execPath,
+      "--eval",
+      `const child = Bun.spawn(${JSON.stringify(program)}, ${options});
+      console.log("pid", child.pid);
+      const code = await child.exited;
+      console.log("code", code, "memory", child.resourceUsage().maxRSS);`,
+    ]);
+    const [, pid] = await holder.out.until(/pid (\d+)/);
+    await server.heard.until("joined: Alex\n");
+    holder.child.kill("SIGSTOP"); // so it reads nothing any more
+    const guest = server.guests[0];
+    guest?.send("* bob has joined the chat\n* bob has left the chat\n".repeat(600_000));
+    await Bun.sleep(150); // in which it could take all of that in
+    process.kill(Number(pid), "SIGINT");
+    const isAlive = () => !/^State:\s+Z/m.test(fs.readFileSync(`/proc/${pid}/status`, "latin1"));
+    while (isAlive()) await turns(1);
+    holder.child.kill("SIGCONT");
+    const [, exitCode, bytes] = await holder.out.until(/code (\d+) memory (\d+)/);
+    expect(Number(exitCode)).toBe(code);
+    expect(Number(bytes)).toBeLessThan(100 * 1024 * 1024);
   });
 });
 
 describe("typing", () => {
+  const long = `${"the quick brown fox jumps over the lazy dog ".repeat(2)}and rests a while`;
   const wide = "漢字かな交じり文を書いている人の端末は四十桁しかない、それでも乱れない";
-  const long = "the quick brown fox jumps over the lazy dog ".repeat(2) + "and rests a while";
-  for (const [what, text, keys, behind] of [
-    ["short", "hello", "", 0],
-    ["with the cursor in the middle", "hello", "\x1b[D\x1b[D", 2],
-    ["wrapped over three rows", long, "", 0],
-    ["wrapped, the cursor in the first row", long, "\x01", long.length],
-    ["wide characters over two rows", wide, "\x1b[D".repeat(5), 5],
-    ["an emoji with skin tone", "👍🏽 ok 👍🏽", "\x1b[D", 1],
-    ["to the very last column", "x".repeat(35), "", 0],
-    ["with a tab", "a\tb", "\x1b[D", 1],
-  ] as const) {
-    test(`is not disturbed by what arrives: ${what}`, async () => {
-      const server = budgetChat();
-      const alex = await joined(server, [], { columns: 40 });
-      const before = [...text].slice(0, [...text].length - behind).join("");
-      const said = ["Joining the chat as Alex...", "* The room contains: bob, carol"];
-      const settled = (input = text, cursor = before) => {
-        const above = said.map((line) => `${line}\r\n`).join("") + "You: ";
-        const { x, y } = picture(above + cursor, 40);
-        const wanted = { text: picture(above + input, 40).text, x, y };
-        const isThat = (output: string) => Bun.deepEquals(picture(output, 40), wanted) || undefined;
-        const wrong = () =>
-          JSON.stringify([picture(alex.screen, 40), wanted, alex.screen], null, 1);
-        return alex.when(isThat, wrong);
+
+  test("is not disturbed by what arrives", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { columns: 40 });
+    for (const [text, keys, before] of [
+      ["hello", "", "hello"],
+      ["hello", "\x1b[D\x1b[D", "hel"],
+      [long, "", long],
+      [long, "\x01", ""],
+      [wide, "\x1b[D".repeat(5), wide.slice(0, -5)],
+      [`👍🏽 ok ${FAMILY}${FAMILY}`, "\x1b[D", `👍🏽 ok ${FAMILY}`],
+      [`${FLAGS}${FLAGS}`, "\x1b[D\x1b[D", FLAGS],
+      ["x".repeat(35), "", "x".repeat(35)],
+      [`${"x".repeat(34)}${wide}`, "\x01", ""],
+    ] as const) {
+      const begin = alex.out.text.length;
+      let above = "You: ";
+      // A terminal itself says how a text looks that nothing has disturbed.
+      const settled = async () => {
+        const look = () => picture(`You: ${alex.out.text.slice(begin)}`, 40);
+        const wanted = picture(`${above}${text}`, 40).text;
+        const { x, y } = picture(`${above}${before}`, 40);
+        const cursor = x === 40 ? [0, y + 1] : [x, y];
+        await alex.out.soon(
+          () => Bun.deepEquals([look().text, look().x, look().y], [wanted, ...cursor]) || undefined,
+          () => `no ${wanted} with the cursor at ${cursor} in ${look().marked}`,
+        );
       };
       alex.type(paste(text) + keys);
       await settled();
-      for (let i = 0; i < 3; i++) {
-        server.say(`[bob] ${i}`);
-        said.push(`[bob] ${i}`);
+      for (const said of [["[bob] hi"], numbered(20, "carol")]) {
+        server.say(...said);
+        above = above.replace(/You: $/, `${said.join("\r\n")}\r\nYou: `);
         await settled();
       }
-      const twenty = Array.from({ length: 20 }, (_, i) => `[carol] message ${i}`);
-      server.say(...twenty);
-      said.push(...twenty);
-      await settled();
-      alex.type("!");
-      await settled(`${before}!${text.slice(before.length)}`, `${before}!`);
-      alex.type("\r");
-      await server.until(`Alex: ${before}!${text.slice(before.length)}\n`);
-    });
-  }
+      alex.type("\x05\x15");
+      await shows(alex, "You: |", 40);
+    }
+  });
+
+  test("knows the keys of readline", async () => {
+    const alex = await joined(budgetChat());
+    for (const [keys, wanted] of [
+      ["ab\x1b[Dc\x1bOD\x7f", "|cb"],
+      ["ab\x1b[H\x1b[3~x\x1b[F!", "xb!|"],
+      ["ab\x1bOH\x1b[C.\x1bOF\x08", "a.|"],
+      ["one two\x1bbx\x1bfy", "one xtwoy|"],
+      ["one two\x1b[1;5Dx\x1b[1;3Dy\x1b[1;5C", "one yxtwo|"],
+      ["one two\x17\x19\x19", "one twotwo|"],
+      ["one two\x1b\x7f\x01\x1bd!", "!|"],
+      ["one two\x02\x0b\x15\x19", "one tw|"],
+      ["a\t\tb\x1bx\x1b[15~\x1b[5~", "ab|"],
+      ["é漢👍🏽", "é漢👍🏽|"],
+      [paste("a\tb\x1b[31m\x07c"), "a bc|"],
+    ] as const) {
+      alex.type(keys);
+      await shows(alex, `You: ${wanted}`);
+      alex.type("\x05\x15");
+      await shows(alex, "You: |");
+    }
+    alex.type("x\x0c");
+    await alex.out.until("\x1b[H\x1b[2J");
+    const begin = alex.out.text.length;
+    alex.type("y");
+    await alex.out.until("You: xy");
+    expect(picture(alex.out.text.slice(begin), 80).marked).toBe("You: xy|");
+  });
 
   test("is drawn anew when the window becomes narrower and wider", async () => {
     const server = budgetChat();
-    const alex = await joined(server, [], { columns: 80 });
-    alex.type("half a line");
-    await alex.until("half a line");
-    for (const columns of [20, 100]) {
-      const at = alex.screen.length;
-      alex.child.terminal?.resize(columns, 24);
-      alex.type("!");
-      await alex.until("!");
-      server.say(`[bob] at ${columns} columns`);
-      await alex.until(`[bob] at ${columns} columns\r\n`);
-      await alex.until("You: half a line!");
-      expect(alex.screen.slice(at)).toContain(`[bob] at ${columns} columns\r\n`);
+    const alex = await joined(server);
+    const draft = long.slice(0, 69);
+    const cut = (columns: number) => {
+      const rows = `You: ${draft}`.match(RegExp(`.{1,${columns}}`, "g")) ?? [];
+      return rows.map((row) => row.trimEnd()).join("\n");
+    };
+    alex.type(draft);
+    await shows(alex, `${cut(80)}|`);
+    for (const columns of [30, 20, 100, 10, 80]) {
+      alex.resize(columns);
+      await alex.out.until(`${columns}t`);
+      await alex.out.until("You: ");
+      await shows(alex, `${cut(columns)}|`);
+      server.say(`[bob] ${columns}`);
+      await alex.out.until(`${columns}\r\n`);
+      await shows(alex, `${cut(columns)}|`);
     }
+    const { text } = picture(alex.out.text, 80);
+    expect(text.match(/You: /g)).toHaveLength(1); // no ghost of an older drawing
+    expect(text.match(/lazy/g)).toHaveLength(1);
     alex.type("\r");
-    await server.until("Alex: half a line!!\n");
+    await server.heard.until(`Alex: ${draft}\n`);
   });
 
-  test("a paste of one very long line is quick, and is sent whole", async () => {
+  test("shows the rows around the cursor where the window is too small for all", async () => {
+    const server = budgetChat();
+    const alex = inTerminal(client(server.port, "--name", "Alex"), { columns: 10, rows: 5 });
+    await alex.out.until("You: ");
+    const draft = times(50, (number) => `${number + 10}`).join("");
+    const rows = `You: ${draft}`.match(/.{1,10}/g) ?? [];
+    alex.type(draft);
+    await shows(alex, `${rows.slice(-4).join("\n")}|`, 10, 5);
+    alex.type("\x01");
+    const begin = `${rows.slice(0, 4).join("\n").replace("You: ", "You: |")}`;
+    await shows(alex, begin, 10, 5);
+    server.say("[bob] hi");
+    await alex.out.until("hi\r\n");
+    await shows(alex, `     hi\n${begin}`, 10, 5);
+    const { text } = picture(alex.out.text, 10, 5);
+    expect(text.match(/You: /g)).toHaveLength(1);
+    alex.type("\r");
+    await server.heard.until(`Alex: ${draft}\n`);
+  });
+
+  test("a line that is too long is cut with a word, and quickly", async () => {
     const server = budgetChat();
     const alex = await joined(server);
-    const long = "0123456789".repeat(2000);
-    alex.type(`${paste(long)}\r`);
-    await server.until(`Alex: ${long}\n`);
+    alex.type(`${paste("0123456789".repeat(2000))}\r`);
+    const { text } = server.heard;
+    await alex.out.until("A line takes 8192 characters. What follows is left out.\r\n");
+    await server.heard.until(/Alex: \d+\n/);
+    const kept = "0123456789".repeat(820).slice(0, 8192);
+    expect(server.heard.text.slice(text.length)).toBe(`Alex: ${kept}\n`);
   });
 
-  test("a paste at the menu does not end the program, whatever it holds", async () => {
-    const server = budgetChat();
-    const alex = terminal(server.port);
-    await alex.until("Enter your choice: ");
-    alex.type(paste("one\r\rtwo\r"));
-    for (let line = 0; line < 3; line++) await alex.until("Enter your choice: ");
-    alex.type("1\rAlex\rhi\r");
-    await server.until("Alex: hi\n");
-  });
-
-  test("Up brings back what was said, and nothing of the menu", async () => {
-    const server = budgetChat();
-    const alex = terminal(server.port);
-    await alex.until("choice: ");
-    alex.type("1\r");
-    await alex.until("username: ");
-    alex.type("Alex\r");
-    await alex.until("You: ");
-    alex.type("first\rsecond\r");
-    await server.until("second\n");
-    alex.type("\x1b[A\x1b[A!\r");
-    await server.until("Alex: first!\n");
-    alex.type("\x1b[A".repeat(4) + "?\r");
-    await server.until("Alex: ?\n");
-  });
-
-  test("Tab completes commands and names, latest speaker first, and only of those present", async () => {
+  test("completes commands and names of those present, the latest speaker first", async () => {
     const server = budgetChat({ roster: "* The room contains: bob, bill, Boris, carol" });
-    const alex = await joined(server);
-    server.say(
-      "[bill] hi",
-      "[Boris] hi",
-      "* bob has left the chat",
-      "* barbara has joined the chat",
-    );
-    await alex.until("barbara has joined");
+    const alex = await joined(server, [], { pace: { crowd: 1 } });
     const say = async (keys: string, wanted: string) => {
       alex.type(`${keys}.\r`);
-      await server.until(`Alex: ${wanted}.\n`);
+      await server.heard.until(`Alex: ${wanted}.\n`);
     };
-    await say("b\t", "barbara: ");
-    server.say("[bill] once more", "[carol] me too");
-    await alex.until("me too");
-    await say("b\t", "bill: ");
-    await say("b\t\t", "barbara: ");
+    server.say("[bill] hi", "[Alex -> carol] hi", "* bob has left the chat");
+    server.say("* bea has joined the chat");
+    await alex.out.until("bea has joined");
+    await say("b\t", "bea: ");
+    await say("b\t\t", "bill: ");
     await say("b\t\t\t", "Boris: ");
-    await say("b\t\t\t\t", "bill: ");
-    await say("hello bo\t", "hello Boris ");
-    await say("bob\t", "bob");
-    await say("/w\t", "/who");
+    await say("b\t\t\t\x1b[Z", "bill: ");
+    await say("\t\t", "carol: ");
+    await say("a\t", "a"); // not oneself
     await say("/m\tca\t", "/msg carol ");
+    await say("b\t\t\t\t", "bea: "); // around, for bob has left
     server.say("* carol is now called dora");
-    await alex.until("dora");
-    await say("ca\t", "ca");
-    await say("do\t", "dora: ");
+    await alex.out.until("dora");
+    await say("c\t", "c");
+    await say("d\t", "dora: ");
+    server.say("* The room contains: zoe");
+    await alex.out.until("zoe");
+    await say("d\t", "d");
+    await say("@z\t", "@zoe ");
   });
 
-  test("a paste of 300 lines is sent without its blank lines and ends nothing", async () => {
+  test("brings back what was said, and nothing of the menu", async () => {
     const server = budgetChat();
-    const alex = await joined(server);
-    const lines = Array.from({ length: 300 }, (_, i) => (i % 7 === 3 ? "" : `line ${i}\tof it`));
-    lines[10] = "q";
-    lines[11] = "// a comment";
-    lines[12] = "/quit";
-    alex.type(`${paste(lines.join("\r"))}\rand typed\r`);
-    await server.until("Alex: and typed\n");
-    const sent = lines
-      .filter((line) => line !== "")
-      .map((line) => `Alex: ${line.replace(/^\//, "//")}\n`);
-    expect(server.heard).toContain(`joined: Alex\n${sent.join("")}Alex: and typed\n`);
-    expect(picture(alex.screen, 80).text).toContain(
-      "\nYou: line 1     of it\nYou: line 2     of it\n",
-    );
+    const alex = inTerminal(client(server.port));
+    alex.type("1\rAlex\r");
+    await shows(alex, "You: |");
+    alex.type("first\rsecond\rdraft\x1b[A\x1b[A\x1b[A!\r");
+    await server.heard.until("second\nAlex: first!\n");
+    alex.type("dr\x1b[A\x1b[Baft\r");
+    await server.heard.until("Alex: draft\n");
+  });
+
+  test("a blank line ends nothing when more input follows", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { pace: { blank: 60 } });
+    alex.type("one\r\r\rtwo\r\rx");
+    await server.heard.until("Alex: one\nAlex: two\n");
+    const begin = performance.now();
+    while (performance.now() - begin < 120) {
+      alex.type("x");
+      await alex.out.until("x");
+    }
+    alex.type("\r");
+    await server.heard.until(/Alex: x+\n/);
+    const paced = await joined(server, [], { pace: { blank: 60_000 } });
+    paced.type("\r");
+    for (const word of ["hi", "hello", "still there?"]) {
+      server.say(`[bob] ${word}`);
+      await paced.out.until(`[bob] ${word}`);
+    }
+    paced.type("three\r\r");
+    await server.heard.until("Alex: three\n");
+    expect(server.heard.text).not.toContain("end of");
   });
 });
 
-describe("display", () => {
-  test("time, colours, notices, private messages, mentions and the bell", async () => {
+describe("a paste", () => {
+  test("is sent line by line, without its blank lines, and no line of it is a command", async () => {
     const server = budgetChat();
-    const alex = await joined(server, ["--bell"], { env: { NO_COLOR: "" } });
-    server.say("[bob] hello", "[bob] again", "[carol] alexander", "* note");
-    const hello = await alex.until(
-      /\x1b\[2m\d\d:\d\d\x1b\[0m \x1b\[38;5;\d+m\[bob\]\x1b\[0m hello/,
+    const alex = await joined(server, [], { pace: { pasted: 0 } });
+    const lines = times(300, (number) => (number % 7 === 3 ? "" : `line ${number}\tof it`));
+    lines.splice(10, 4, "q", "// a comment", "/quit", "/ignore bob");
+    alex.type(`${paste(lines.join("\r"))}\rand typed\r`);
+    await server.heard.until("Alex: and typed\n");
+    await alex.out.until("You: and typed\r\n");
+    const sent = lines.filter((line) => line !== "").map((line) => line.replace(/^\//, "//"));
+    const heard = sent.map((line) => `Alex: ${line}\n`).join("");
+    expect(server.heard.text).toBe(`joined: Alex\n${heard}Alex: and typed\n`);
+    expect(picture(alex.out.text, 80).text).toContain(
+      "\nYou: line 1    of it\nYou: line 2    of it\n",
     );
-    const again = await alex.until(
-      /\x1b\[2m\d\d:\d\d\x1b\[0m \x1b\[38;5;\d+m\[bob\]\x1b\[0m again/,
-    );
-    expect(again.replace("again", "hello").slice(15)).toBe(hello.slice(15));
-    await alex.until(/\[carol\]\x1b\[0m alexander/);
-    await alex.until("\x1b[2m* note");
-    expect(alex.screen).not.toContain("\x07");
-    server.say("[bob] so, ALEX: look", "[bob -> Alex] psst");
-    await alex.until(/\x1b\[1;7;38;5;\d+m\[bob\]\x1b\[0m\x1b\[1m so, ALEX: look\x1b\[0m\x07/);
-    await alex.until("\x1b[1;35m[bob -> Alex] psst\x1b[0m\x07");
-    server.say("[Alex -> bob] answer", "* bob is now called Alex2");
-    await alex.until("[Alex -> bob] answer\x1b[0m\r\n");
+    expect(alex.out.text).not.toContain("Hidden");
   });
 
-  test("those who come or go together are one line", async () => {
+  test("keeps its last line for Enter, and that is no command either", async () => {
     const server = budgetChat();
     const alex = await joined(server);
-    server.say("* a has joined the chat", "* b has joined the chat");
-    await alex.until("* a and b have joined\r\n");
-    server.say(...["a", "b", "c", "d", "e"].map((name) => `* ${name} has left the chat`));
-    server.say("* f has left the chat (too slow)", "* g has entered the room", "[bob] hi");
-    await alex.until("* a, b and 4 others have left\r\n");
-    await alex.until(/\d\d:\d\d \* g has entered the room\r\n/);
+    alex.type(paste("one\r/quit"));
+    await shows(alex, "You: one\nYou: /quit|");
+    alex.type("\r");
+    await server.heard.until("Alex: one\nAlex: //quit\n");
+    alex.type(`/msg bob ${paste("a secret")}\r${paste("q")}\r`);
+    await server.heard.until("Alex: /msg bob a secret\nAlex: q\n");
   });
 
-  test("no byte of a stranger's server reaches the terminal as a control", async () => {
+  test("that is long shows how much is left, and Ctrl+C stops the rest", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { pace: { pasted: 10 } });
+    alex.type(`${paste(`${numbered(300).join("\r")}\r`)}typed\rhalf`);
+    const status =
+      "(2\\d\\d) lines are on their way at the pace of the room; Ctrl\\+C stops them\\.";
+    const [, first] = await alex.out.until(RegExp(status));
+    let left = Number(first);
+    while (left >= Number(first)) left = Number((await alex.out.until(RegExp(status)))[1]);
+    await server.heard.until("line 19\n"); // so many go at once
+    await alex.out.until(RegExp(`${status}[^\n]*\nYou: half`));
+    alex.type("\x03");
+    const [, unsent] = await alex.out.until(/(\d+) lines were not sent\.\r\n/);
+    expect(Number(unsent)).toBeLessThan(281);
+    alex.type(" a line\r");
+    await server.heard.until("Alex: half a line\n");
+    const sent = [...numbered(300 - Number(unsent)), "typed", "half a line"];
+    const heard = sent.map((line) => `Alex: ${line}\n`).join("");
+    expect(server.heard.text).toBe(`joined: Alex\n${heard}`);
+    alex.type("\x03");
+    expect(await alex.exited()).toBe(0);
+  });
+});
+
+describe("the display", () => {
+  test("shows times, colours and mentions, and rings for what is meant for its reader", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, ["--bell"], { env: { NO_COLOR: "" } });
+    const time = "\x1b\\[2m\\d\\d:\\d\\d\x1b\\[0m ";
+    expect(alex.out.text).toMatch(RegExp(`${time}(?:\x1b\\[\\d*m)*\x1b\\[2mJoining`));
+    server.say("[bob] hello", "[bob] again", "[carol] alexander", "[Alex] x", "* note");
+    const bob = `${time}\x1b\\[38;5;(\\d+)m\\[bob\\] \x1b\\[0m\x1b\\[0m`;
+    const [, colour] = await alex.out.until(RegExp(`${bob}hello`));
+    const [, again] = await alex.out.until(RegExp(`${bob}again`));
+    expect(again).toBe(`${colour}`);
+    await alex.out.until(/\[carol\] \x1b\[0m\x1b\[0malexander/);
+    await alex.out.until("\x1b[2m* \x1b[0m\x1b[2mnote");
+    expect(alex.out.text).not.toContain("\x07");
+
+    server.say("[bob] so, ALEX: look", "[bob -> Alex] psst", "[Alex -> bob] answer", "[bob] .");
+    await alex.out.until(
+      /\x1b\[1;7;38;5;\d+m\[bob\] \x1b\[0m\x1b\[1mso, ALEX: look\x1b\[0m\r\n\x07/,
+    );
+    await alex.out.until("\x1b[1;35m[bob -> Alex] \x1b[0m\x1b[1;35mpsst\x1b[0m\r\n\x07");
+    const [own] = await alex.out.until(/\[Alex -> bob\] [^]*\[bob\]/);
+    expect(own).not.toContain("\x07");
+
+    alex.type("so\r");
+    await alex.out.until(RegExp(`${time}\x1b\\[2mYou: \x1b\\[0m\x1b\\[0mso`));
+  });
+
+  test("gathers those who come or go at the same time", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { pace: { crowd: 100_000 } });
+    server.say("* a has joined the chat", "* b has joined the chat");
+    server.say(...Array.from("abcde", (name) => `* ${name} has left the chat`));
+    server.say("* f has left the chat (too slow)", "* g has entered the room", "[bob] hi");
+    server.say("* h has joined the chat");
+    await alex.out.until("[bob] hi\r\n");
+    alex.type("well\r");
+    const left = "* a and b have joined\n* a, b and 4 others have left\n* g has entered the room\n";
+    await shows(alex, `${left}[bob] hi\n* h has joined the chat\nYou: well\nYou: |`);
+  });
+
+  test("lets no byte of a stranger's server reach the terminal as a control", async () => {
     const server = budgetChat();
     const alex = await joined(server, ["--bell"]);
-    const at = alex.screen.length;
+    const begin = alex.out.text.length;
     server.say(
       "[bob] \x1b]0;owned\x07\x1b[2J\x1b[?1049h\x9b31m\x08\x7f\rred\0",
       "\x1b[31m* \u202eevil\u2066 \u0085\u2028\u2029.",
       "[\x1b[5mbob] x\ty",
       `[bob] ${"z".repeat(100_000)}`,
-      "[bob] last",
     );
-    server.peers[0]?.write(
-      Buffer.from([0x5b, 0x78, 0x5d, 0x20, 0xff, 0xc0, 0x80, 0xed, 0xa0, 0x0a]),
-    );
-    await alex.until(/\[x\] \ufffd+/);
-    const shown = alex.screen.slice(at);
+    server.guests[0]?.send(Buffer.from("5b785d20ffc080eda0800a", "hex"));
+    await alex.out.until(/\[x\] \ufffd+/);
+    const shown = alex.out.text.slice(begin);
     expect(shown).toContain("[bob] ]0;owned[2J[?1049h31mred\r\n");
     expect(shown).toContain("[31m* evil .\r\n");
-    expect(shown).toContain("[[5mbob] x\ty\r\n");
-    expect(shown).toContain("… (");
+    expect(shown).toContain("[[5mbob] x    y\r\n");
+    expect(shown).toContain("z… (cut)\r\n");
     expect(shown.length).toBeLessThan(12_000);
-    // What remains of escapes is the client's own: up, left edge, erase, column.
-    expect(shown.replace(/\x1b\[\d*[AGJ]/g, "")).not.toMatch(/[^\P{C}\r\n\t]/u);
+    const withoutOurs = shown.replace(/\x1b\[(\d*[ACJK]|\?7[hl])/g, "");
+    expect(withoutOurs).not.toMatch(/[^\P{C}\r\n]/u);
   });
 
-  const joins = Array.from({ length: 2000 }, () => "* NAME has joined the chat\n").join("");
+  test("lets no text look like a line of somebody else's", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { columns: 60 });
+    alex.type(`${"x".repeat(49)} [bob] mine\r`);
+    await alex.out.until("mine");
+    const blanks = [" ", "\t", "\u00a0", "\u2003", "\u3000", "\u2800", "\u3164", "\u1680"];
+    const forged = "17:47 * carol has left the chat";
+    for (const blank of blanks)
+      server.say(...times(60, (count) => `[bob] hi${blank.repeat(count)}${forged}`));
+    server.say(...times(60, (count) => `${"x".repeat(count)} ${forged}`));
+    server.say(...times(60, (count) => `* note${"漢".repeat(count)}\u3000${forged}`));
+    const url = `http://example.org/${"y".repeat(50)}`;
+    server.say(`[bob] ${url}`, "[bob] done");
+    await alex.out.until("[bob] done\r\n");
+    const { text } = picture(alex.out.text, 60);
+    expect(text.replaceAll("\n", "")).toContain(`[bob] ${url}[bob] done`);
+    expect(text.match(/carol\s+has\s+left/g)).toHaveLength(60 * 10);
+    expect(text).not.toMatch(/^(\d\d:\d\d |\* carol|\[bob\] mine)/m);
+    expect(text).toMatch(/^You: x+\n {11}\[bob\] mine$/m);
+  });
+
+  test("cuts a large roster at the entrance, and shows all of it for /who", async () => {
+    const names = times(300, (number) => `name${number}`).join(", ");
+    const server = budgetChat({ roster: `* The room contains: zoe, ${names}` });
+    const alex = inTerminal(client(server.port, "--name", "Alex"), { columns: 60 });
+    await alex.out.until("You: ");
+    const { text } = picture(alex.out.text, 60);
+    const roster = text.slice(text.indexOf("* ")).split("\n").slice(0, -1).join("\n");
+    expect(roster).toMatch(
+      /^\* 301 people are here: name0, name1, .*\n {8}.* more \(\/who shows all\)$/,
+    );
+    alex.type("z\t\r");
+    await server.heard.until("Alex: zoe: ");
+    server.say(`* 301 people are here: ${names}, zoe`);
+    await alex.out.until(/name299,\s+zoe\r\n/);
+  });
+
+  test("hides those who are ignored, under whatever name, and rings for none of them", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, ["--bell"]);
+    alex.type("/ignore\r");
+    await alex.out.until(/\d\d:\d\d Nobody is hidden\.\r\n/);
+    alex.type("/ignore BOB\r");
+    await alex.out.until("What BOB says is hidden from now on. /ignore BOB shows it again.\r\n");
+    server.say("[bob] one, Alex", "[bob -> Alex] two", "* bob is now called Bill", "[Bill] three");
+    server.say("[carol] about bob", "[Alex -> bob] own");
+    await alex.out.until("[Alex -> bob] own");
+    const { text } = picture(alex.out.text, 80);
+    expect(text).toEndWith("* bob is now called Bill\n[carol] about bob\n[Alex -> bob] own\nYou:");
+    expect(alex.out.text).not.toContain("\x07");
+    alex.type("/ignore\r");
+    await alex.out.until("Hidden: Bill\r\n"); // as he is called now
+    server.say("[Bill] four", "[bob] somebody else");
+    await alex.out.until("[bob] somebody else");
+    alex.type("/IGNORE  bill\r");
+    await alex.out.until("What Bill says is shown again.\r\n");
+    server.say("[Bill] back, alex");
+    await alex.out.until("[Bill] back, alex\r\n\x07");
+    expect(alex.out.text).not.toMatch(/two|three|four/);
+    expect(server.heard.text).toBe("joined: Alex\n");
+  });
+
   test.each([
-    ["messages", `${"[bob] all work and no play\n".repeat(2000)}${"x".repeat(100_000)}`],
-    ["people", `[bob] no play\n${joins}`],
-  ])("a flood of %s without end leaves Ctrl+C working", async (_, flood) => {
+    ["TERM=dumb", { TERM: "dumb" }, "[bob] café 漢"],
+    ["a locale without UTF-8", { LC_ALL: "C" }, "[bob] caf? ?"],
+    ["LC_CTYPE before LANG", { LC_ALL: "", LC_CTYPE: "C", LANG: "C.UTF-8" }, "[bob] caf? ?"],
+    ["LANG at last", { LC_ALL: "", LC_CTYPE: "", LANG: "POSIX" }, "[bob] caf? ?"],
+  ])("is plain lines without escape codes: %s", async (_, env, line) => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { env: { NO_COLOR: "", ...env } });
+    alex.type("half");
+    await alex.out.until("half");
+    server.say("[bob] café 漢");
+    await alex.out.until(RegExp(`\r\n\\d\\d:\\d\\d ${RegExp.escape(line)}\r\nYou: half`));
+    alex.type(" é\x7f\x01ü\r\x0c");
+    await server.heard.until("Alex: ühalf \n");
+    alex.type("\x04");
+    expect(await alex.exited()).toBe(0);
+    expect(alex.out.text).not.toMatch(/[^\P{C}\r\n]/u);
+    if (line.includes("?")) expect(alex.out.text).toMatch(/^[\r\n\x20-\x7e]*$/);
+  });
+
+  test("cuts what has 900 KB, be it a greeting, a refusal or a notice", async () => {
+    const huge = "x".repeat(900_000);
+    const server = budgetChat({ greeting: huge });
+    server.refusals.push(huge);
+    const alex = inTerminal(hastyClient(server.port, "--name", "Alex"));
+    await alex.out.until("x… (cut)\r\n");
+    await alex.out.until("x… (cut)\r\n");
+    await alex.out.until("Enter your username: ");
+    alex.type("Al\r");
+    await alex.out.until("You: ");
+    server.say(`* ${huge}`, `* bob has joined the chat${huge}`, "[bob] hi");
+    await alex.out.until("x… (cut)\r\n");
+    await alex.out.until("[bob] hi\r\n");
+    expect(alex.out.text.length).toBeLessThan(60_000);
+  });
+
+  test("a flood of messages and people takes little memory, and Ctrl+C ends it", async () => {
     const server = budgetChat();
     const alex = await joined(server);
-    const fresh = () => flood.replaceAll("NAME", () => `x${Math.random().toString(36).slice(2)}`);
-    const timer = setInterval(() => server.peers[0]?.ended || server.peers[0]?.write(fresh()), 1);
-    cleanups.push(() => clearInterval(timer));
-    await alex.until("no play");
+    const joins = times(50_000, (number) => `* ${"n".repeat(30)}${number} has joined the chat`);
+    server.say(...joins, "[bob] then");
+    await alex.out.until("[bob] then\r\n");
+    expect(memory(alex.child.pid, "VmHWM")).toBeLessThan(100 * 1024);
+    alex.type(`${"n".repeat(30)}9000\t${"n".repeat(30)}49999\t\r`); // no more than 10,000 are kept
+    await server.heard.until(/Alex: n+9000: n+49999\n/);
+
+    const messages = toText(Array(1000).fill("[bob] all work and no play"));
+    const guest = server.guests[0];
+    const flood = setInterval(() => {
+      if (guest?.isSent && guest.isOpen) guest.send(messages);
+    }, 1);
+    cleanups.push(() => clearInterval(flood));
+    await alex.out.until("no play\r\n");
     alex.type("\x03");
-    expect(await alex.exited).toBe(0);
+    await server.heard.until("end of Alex");
+    expect(await alex.exited()).toBe(0);
+  });
+});
+
+describe("a foreign server", () => {
+  const refused = "The server closed the connection: the name may be taken or not allowed.";
+
+  test.each([
+    ["in a line", { refusal: "* That name is taken.", shown: "* That name is taken." }, {}],
+    ["without a newline", { refusal: "No.", shown: "No." }, { newline: "" }],
+    ["in several lines", { refusal: "No.\nGo away.", shown: "No. Go away." }, {}],
+    ["without a word", { refusal: "", shown: refused }, {}],
+    ["in a line, and its FIN comes later", { refusal: "Taken!", shown: "Taken!" }, { pause: 100 }],
+    ["like a roster", { refusal: "* Taken: Alex", shown: "* Taken: Alex" }, { pause: 100 }],
+  ] as const)("refuses a name %s, and another one is asked for", async (_, words, habits) => {
+    const server = budgetChat({ greeting: "Your name, please?", ...habits });
+    server.refusals.push(words.refusal);
+    const start = pacedClient({ moment: 20, doubt: 1000 }, server.port, ["--name", "Alex"]);
+    const alex = inTerminal(start);
+    const begin = "Your name, please?\nConnected to server.\nJoining the chat as Alex...\n";
+    await shows(alex, `${begin}${words.shown}\nEnter your username: |`);
+    alex.type("Al\r");
+    await shows(alex, "* The room contains: bob, carol\nYou: |");
+    await server.heard.until("joined: Al\n");
+  });
+
+  test.each([
+    ["without a newline", "Who are you? ", ""],
+    ["in two lines, the last one without a newline", "Hello!\nName: ", ""],
+    ["like a notice", "* Who are you?", "\n"],
+  ])("greets %s, and the name is asked for", async (_, greeting, newline) => {
+    const server = budgetChat({ greeting, newline });
+    const alex = inTerminal(hastyClient(server.port));
+    const [first = ""] = greeting.split("\n");
+    await shows(alex, `${first.trimEnd()}\nConnected to server.\n${MENU}|`);
+    alex.type("1\rAlex\r");
+    await shows(alex, "* The room contains: bob, carol\nYou: |");
+    await server.heard.until("joined: Alex\n");
+  });
+
+  test("shows who is here in its own words, and Tab knows them", async () => {
+    const server = budgetChat({ roster: "* Here are: Willi, bob" });
+    const alex = inTerminal(hastyClient(server.port, "--name", "Alex"));
+    await shows(alex, "* Here are: Willi, bob\nYou: |");
+    alex.type("w\thi\r");
+    await server.heard.until("Alex: Willi: hi\n");
+  });
+
+  test("that talks at once, without a roster, is a room as well", async () => {
+    const server = budgetChat({ roster: "[bob] oh, Alex" });
+    const alex = inTerminal(pacedClient({ doubt: 60_000 }, server.port, ["--name", "Alex"]));
+    await shows(alex, "[bob] oh, Alex\nYou: |");
   });
 });
 
 describe("losing the server", () => {
   test("comes back under the same name, past its own ghost, with what was typed", async () => {
     const server = budgetChat();
-    const alex = await joined(server);
+    const alex = await joined(server, [], { pace: { retry: 1, doubt: 50 } });
     alex.type("/nick Al\r");
-    await server.until("/nick Al");
+    await server.heard.until("/nick Al\n");
     server.say("* Alex is now called Al");
-    await alex.until("now called Al");
+    await alex.out.until("now called Al");
     server.refusals.push("* The name Al is taken.");
-    server.peers[0]?.drop();
-    await alex.until("Connection lost. Trying again in 1 s.");
+    server.drop();
     alex.type("meanwhile\rhalf ");
-    await server.until("refused: Al\n");
-    await alex.until(/\* The name Al is taken\. Trying again in \d s\./);
-    await server.until("joined: Al\nAl: meanwhile\n");
-    await alex.until("You: half ");
+    await server.heard.until("refused: Al\n");
+    await server.heard.until("joined: Al\nAl: meanwhile\n");
     alex.type("a line\r");
-    await server.until("Al: half a line\n");
-  }, 15_000); // it waits for two tries
-
-  test("says how many lines were not sent when you leave before it is back", async () => {
-    const server = budgetChat();
-    const alex = await joined(server);
-    server.stop();
-    await alex.until("Trying again");
-    alex.type("one\rtwo\r/quit\r");
-    await alex.until("2 lines were not sent.");
-    expect(await alex.exited).toBe(1);
-  });
-
-  const pace = { silence: 50, retry: 1, doubt: 50 };
-  function screen() {
-    const shown = transcript();
-    return {
-      shown,
-      until: (wanted: string | RegExp) => shown.until(wanted),
-      show: (entries: { text: string }[]) => {
-        for (const { text } of entries) shown.add(`${text}\n`);
-        return true;
-      },
-      notice: (text: string) => shown.add(`${text}\n`),
-      person: true,
-      ask: () => Promise.resolve(undefined),
-      close() {},
-    };
-  }
-  const at = (port: number) => ({ host: "127.0.0.1", port, tls: false });
-
-  test("gives up on a server that never speaks", async () => {
-    expect(PACE.silence).toBe(10_000);
-    const server = budgetChat({ greeting: "" });
-    const room = receiveMessages(at(server.port), screen(), pace);
-    await expect(room.join()).rejects.toThrow("says nothing");
-    const mute = budgetChat({ roster: "" });
-    const other = receiveMessages(at(mute.port), screen(), pace);
-    expect(await other.join()).toBe("");
-    await expect(other.join("Alex")).rejects.toThrow("says nothing");
+    await server.heard.until("Al: half a line\n");
+    const { text } = picture(alex.out.text, 80);
+    const lost = "Connection lost. What you said last may not have arrived. Trying again in";
+    expect(text).toContain(`* Alex is now called Al\n${lost}\n      1 s.\n`);
+    expect(text).toMatch(/^\* The name Al is taken\. Trying again in [123] s\.$/m);
+    await alex.out.until("You: half a line\r\n");
+    server.drop();
+    await alex.out.until(/Trying again in\s+1 s\./); // the count begins anew
   });
 
   test("tries again after 1, 2, 4 ... 30 s", async () => {
     const server = budgetChat();
-    const to = screen();
-    const room = receiveMessages(at(server.port), to, pace);
-    expect(await room.join("Alex")).toBe("");
+    const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
+    await alex.out.until("The room contains");
     server.stop();
     for (const seconds of [
       "1",
@@ -3987,648 +3275,596 @@ describe("losing the server", () => {
       "[345]",
       "[6-9]|10",
       "1[2-9]",
-      "(2[4-9]|3[0-6])",
-      "(2[4-9]|3[0-6])",
-    ]) {
-      await to.until(RegExp(`Trying again in (${seconds}) s`));
-    }
-    expect(await room.leave()).toBe("");
-  });
-
-  test("a server that is full is quoted", async () => {
-    const server = Bun.listen({
-      hostname: "127.0.0.1",
-      port: 0,
-      socket: {
-        open(socket) {
-          socket.write("* The server is full. Try again later.\n");
-          socket.shutdown();
-        },
-        data() {},
-      },
-    });
-    cleanups.push(() => server.stop(true));
-    for (const name of ["", "Alex"]) {
-      const room = receiveMessages(at(server.port), screen());
-      await expect(room.join(name)).rejects.toThrow("* The server is full. Try again later.");
-    }
-    const client = piped(server.port, ["--name", "Alex"]);
-    const { err, code } = await client.result;
-    expect([err, code]).toEqual(["* The server is full. Try again later.\n", 1]);
-  });
-
-  test("rosters and greetings in other words, and a refusal in other words", async () => {
-    const server = budgetChat({ greeting: "* Who are you?", roster: "* Here are: bob, carol" });
-    const to = screen();
-    const room = receiveMessages(at(server.port), to, pace);
-    server.refusals.push("No.");
-    expect(await room.join("Alex")).toBe("No.");
-    expect(await room.join("Alexa")).toBe("");
-    await to.until("* Here are: bob, carol\n");
-  });
-
-  test("stops reading while stdout is full, so that nothing piles up", async () => {
-    const server = budgetChat();
-    const [slow, fast] = [screen(), screen()];
-    const show = (entries: { text: string }[]) => slow.show(entries) && false;
-    await receiveMessages(at(server.port), { ...slow, show }, pace).join("Slow");
-    await receiveMessages(at(server.port), fast, pace).join("Fast");
-    for (const word of ["more", "and more"]) {
-      server.say(`[bob] ${word}`);
-      await fast.until(`[bob] ${word}`);
-    }
-    expect(slow.shown.text).toBe("* The room contains: bob, carol\n");
-    straw.stdout.emit("drain");
-    await slow.until("[bob] more");
-  });
-
-  test("a line of which the lost connection took only a part is sent again, whole", async () => {
-    const long = "x".repeat(1_000_000);
-    const got = transcript();
-    let connections = 0;
-    const server = Bun.listen<undefined>({
-      hostname: "127.0.0.1",
-      port: 0,
-      socket: {
-        open: (socket) => void socket.write("name?\n"),
-        data(socket, chunk) {
-          const text = chunk.toString();
-          if (text !== "Alex\n") return got.add(text);
-          socket.write("* The room contains: \n");
-          if (++connections > 1) return;
-          socket.pause(); // the kernel's buffers fill up, and then the line is cut off
-          got.add("paused");
-        },
-      },
-    });
-    cleanups.push(() => server.stop(true));
-    const room = receiveMessages(at(server.port), screen(), pace);
-    await room.join("Alex");
-    await got.until("paused");
-    for (let i = 0; i < 30; i++) void room.send(long);
-    const sent = room.send("the end");
-    server.stop(true);
-    const again = Bun.listen<undefined>({
-      hostname: "127.0.0.1",
-      port: server.port,
-      socket: {
-        open: (socket) => void socket.write("name?\n"),
-        data(socket, chunk) {
-          const text = chunk.toString();
-          got.add(text);
-          if (text === "Alex\n") socket.write("* The room contains: \n");
-        },
-      },
-    });
-    cleanups.push(() => again.stop(true));
-    await sent;
-    await got.until("the end\n");
-    const [, ...lines] = got.text.slice(got.text.indexOf("Alex\n")).split("\n");
-    expect(lines.slice(0, -2).every((line) => line === long)).toBe(true);
-    expect(lines.length).toBeGreaterThan(3);
-    await room.leave();
+      "2[4-9]|3[0-6]",
+      "2[4-9]|3[0-6]",
+    ])
+      await alex.err.until(RegExp(`Trying again in (${seconds}) s`));
   });
 });
 
-describe("in a pipe", () => {
-  test("the first line is the name, blank lines are skipped, the room goes to stdout", async () => {
+describe("the client and the server", () => {
+  test.each(BOTH_WAYS)("talk, whisper, change names and leave, %s", async (_, openRoom) => {
+    const server = openRoom();
+    const trust = server.ca ? ["--ca", certificate.cert] : [];
+    const start = (name: string) =>
+      pacedClient({ crowd: 1, doubt: 60_000 }, server.port, ["--name", name, ...trust]);
+    const alex = inTerminal(start("Alex"));
+    await shows(alex, "* The room contains:\nYou: |");
+    const sam = inTerminal(start("Sam"));
+    await shows(sam, "* The room contains: Alex\nYou: |");
+    const kim = await enter(server, "Kim");
+    await alex.out.until(/Kim ha(s|ve) joined/);
+    alex.type("Hello 漢字 everyone!\r");
+    await sam.out.until("[Alex] Hello 漢字 everyone!\r\n");
+    expect(await kim.line()).toBe("[Alex] Hello 漢字 everyone!");
+    sam.type("/msg ale\tpsst\r");
+    await alex.out.until("[Sam -> Alex] psst");
+    await sam.out.until("[Sam -> Alex] psst");
+    kim.send("/nick Kimberly\nhi\n");
+    await alex.out.until("* Kim is now called Kimberly\r\n");
+    await alex.out.until("[Kimberly] hi");
+    sam.child.kill("SIGKILL");
+    await alex.out.until("* Sam has left the chat");
+    alex.type("/help\r");
+    await alex.out.until("Here also: /ignore NAME, and q, which leaves the chat.");
+    alex.type("//bye\r\x04");
+    await kim.until("[Alex] /bye");
+    expect(await kim.line()).toBe("* Alex has left the chat");
+    expect(await alex.exited()).toBe(0);
+  });
+});
+
+// --- 11. The client in a pipe ------------------------------------------------------------------
+
+describe("the client in a pipe", () => {
+  const roster = "* The room contains: bob, carol\n";
+
+  test("sends each line, and its output is what the room says", async () => {
+    const server = budgetChat({ greeting: "Who are you?" });
+    const alex = inPipe(client(server.port));
+    alex.type(" Alex \n\none\n  \nq\r\n/who\n/ignore bob\n");
+    await server.heard.until("joined: Alex\nAlex: one\nAlex: q\nAlex: /who\nAlex: /ignore bob\n");
+    server.say("[bob] hi\x1b[31m", "* x has joined the chat", "* y has joined the chat");
+    alex.type("two");
+    alex.end();
+    await server.heard.until("Alex: two\nend of Alex\n");
+    const out = `${roster}[bob] hi[31m\n* x has joined the chat\n* y has joined the chat\n`;
+    expect(await alex.result()).toEqual({ code: 0, out, err: "" });
+  });
+
+  test("ends at /quit, and sends nothing after it", async () => {
     const server = budgetChat();
-    const client = piped(server.port);
-    client.write("Alex\n\none\n  \ntwo");
-    await server.until("joined: Alex\nAlex: one\n");
-    server.say("[bob] hi", "* x has joined the chat", "* y has joined the chat");
-    await client.child.stdin.end();
-    await server.until("Alex: two\nend of Alex\n");
-    expect(await client.result).toEqual({
-      out: "* The room contains: bob, carol\n[bob] hi\n* x has joined the chat\n* y has joined the chat\n",
-      err: "",
-      code: 0,
-    });
+    const alex = inPipe(client(server.port, "--name", "Alex"));
+    alex.type("one\n/QUIT\ntwo\n");
+    await server.heard.until("joined: Alex\nAlex: one\nend of Alex\n");
+    expect(await alex.result()).toEqual({ code: 0, out: roster, err: "" });
   });
 
   test("50,000 lines arrive complete and in order", async () => {
     const server = budgetChat();
-    const lines = Array.from({ length: 50_000 }, (_, i) => `line ${i} ${"x".repeat(i % 50)}`);
-    const client = piped(server.port, ["--name", "Alex"]);
-    client.write(lines.join("\n"));
-    void client.child.stdin.end();
-    await server.until("end of Alex\n");
-    expect((await client.result).code).toBe(0);
-    expect(server.heard).toStartWith(
-      `joined: Alex\n${lines.map((line) => `Alex: ${line}\n`).join("")}end of Alex\n`,
-    );
+    const alex = inPipe(client(server.port, "--name", "Alex"));
+    const lines = times(50_000, (number) => `line ${number} ${"x".repeat(number % 50)}`);
+    alex.type(lines.join("\n"));
+    alex.end();
+    expect(await alex.result()).toEqual({ code: 0, out: roster, err: "" });
+    const heard = lines.map((line) => `Alex: ${line}\n`).join("");
+    expect(server.heard.text).toBe(`joined: Alex\n${heard}end of Alex\nclosed Alex\n`);
+  });
+
+  test.each(BOTH_WAYS)("faster than the room allows, all lines arrive, %s", async (_, openRoom) => {
+    const server = openRoom({ rate: 2000 });
+    const reader = await enter(server, "reader");
+    const trust = server.ca ? ["--ca", certificate.cert] : [];
+    const writer = inPipe(client(server.port, "--name", "writer", ...trust));
+    const lines = numbered(4400);
+    writer.type(toText(lines));
+    writer.end();
+    const [first, ...heard] = await reader.until("* writer has left the chat");
+    expect(first).toBe("* writer has joined the chat");
+    expect(heard).toEqual(lines.map((line) => `[writer] ${line}`));
+    const out = "* The room contains: reader\n";
+    expect(await writer.result()).toEqual({ code: 0, out, err: "" });
   });
 
   test("all that the room said reaches a reader that comes late", async () => {
-    const said = Array.from({ length: 20_000 }, (_, i) => `[bob] ${i}\n`).join("");
+    const said = toText(numbered(20_000, "bob"));
     const server = budgetChat({ farewell: said });
     const script = `exec 3<&0; : | "$0" "$@" | (read go <&3; cat)`;
-    const command = [process.execPath, CLIENT, "--port", `${server.port}`, "--name", "Alex"];
-    const client = Bun.spawn(["sh", "-c", script, ...command], { stdin: "pipe", stdout: "pipe" });
-    cleanups.push(() => client.kill("SIGKILL"));
-    await server.until("end of Alex");
-    await server.until("closed Alex");
-    client.stdin.write("go\n");
-    void client.stdin.end();
-    expect(await client.stdout.text()).toBe(`* The room contains: bob, carol\n${said}`);
+    const alex = inPipe(["sh", "-c", script, ...client(server.port, "--name", "Alex")]);
+    await server.heard.until("end of Alex\nclosed Alex");
+    alex.type("go\n");
+    alex.end();
+    expect(await alex.result()).toEqual({ code: 0, out: `${roster}${said}`, err: "" });
   });
 
   test("ends quietly when nobody reads its output any more", async () => {
     const server = budgetChat();
-    const client = Bun.spawn(
-      [
-        "bash",
-        "-c",
-        `"$0" "$@" | head -1; echo "code \${PIPESTATUS[0]}"`,
-        process.execPath,
-        CLIENT,
-        "--port",
-        `${server.port}`,
-        "--name",
-        "Alex",
-      ],
-      { stdin: "pipe", stdout: "pipe", stderr: "pipe" },
-    );
-    cleanups.push(() => client.kill("SIGKILL"));
-    await server.until("joined: Alex");
-    const timer = setInterval(() => server.say("[bob] anybody?"), 20);
-    cleanups.push(() => clearInterval(timer));
-    expect(await client.stdout.text()).toBe("* The room contains: bob, carol\ncode 0\n");
-    expect(await client.stderr.text()).toBe("");
+    const script = `"$0" "$@" | head -1; echo "code \${PIPESTATUS[0]}"`;
+    const alex = inPipe(["bash", "-c", script, ...client(server.port, "--name", "Alex")]);
+    await server.heard.until("joined: Alex");
+    const talk = setInterval(() => server.say("[bob] anybody?"), 5);
+    cleanups.push(() => clearInterval(talk));
+    expect(await alex.result()).toEqual({ code: 0, out: `${roster}code 1\n`, err: "" });
   });
 
-  test("a full disk is said, and is exit code 1", async () => {
+  test("says that the disk is full", async () => {
     const server = budgetChat();
-    const client = Bun.spawn(
-      [process.execPath, CLIENT, "--port", `${server.port}`, "--name", "A"],
-      {
-        stdin: "pipe",
-        stdout: Bun.file("/dev/full"),
-        stderr: "pipe",
-      },
-    );
-    cleanups.push(() => client.kill("SIGKILL"));
-    expect(await client.exited).toBe(1);
-    expect(await client.stderr.text()).toMatch(/^ENOSPC[^\n]*\n$/);
-  });
-
-  test("connects again when the server was lost, and sends the rest", async () => {
-    const server = budgetChat();
-    const client = piped(server.port, ["--name", "Alex"]);
-    client.write("one\n");
-    await server.until("Alex: one\n");
-    server.peers[0]?.drop();
-    client.write("two\n");
-    void client.child.stdin.end();
-    await server.until("joined: Alex\nAlex: two\nend of Alex\n");
-    const { err, code } = await client.result;
-    expect([err, code]).toEqual(["Connection lost. Trying again in 1 s.\n", 0]);
-  });
-
-  test("a refused name, and no name at all, is exit code 1", async () => {
-    const server = budgetChat();
-    server.refusals.push("* The name Alex is taken.");
-    const client = piped(server.port, ["--name", "Alex"]);
-    expect(await client.result).toEqual({ out: "", err: "* The name Alex is taken.\n", code: 1 });
-    const nameless = piped(server.port);
-    void nameless.child.stdin.end();
-    expect((await nameless.result).code).toBe(1);
-  });
-});
-
-describe("the command line", () => {
-  const run = async (...args: string[]) => {
-    const child = Bun.spawn([process.execPath, CLIENT, ...args], {
-      stdout: "pipe",
-      stderr: "pipe",
-    });
-    const [out, err] = await Promise.all([child.stdout.text(), child.stderr.text()]);
-    return { out, err, code: await child.exited };
-  };
-
-  test("wrong usage is one line on stderr and exit code 2", async () => {
-    for (const args of [
-      ["--nope"],
-      ["stray"],
-      ["--port"],
-      ["--port", "0"],
-      ["--port", "65536"],
-      ["--port", "x"],
-      ["--port", "--tls"],
-    ]) {
-      const { out, err, code } = await run(...args);
-      expect([out, code]).toEqual(["", 2]);
-      expect(err).toMatch(/^[^\n]+ Try --help\.\n$/);
-    }
-  });
-
-  test("--help and --version", async () => {
-    const help = await run("--help");
-    expect(help.code).toBe(0);
-    for (const word of ["--host", "127.0.0.1", "5555", "/msg NAME TEXT", "Tab", "Examples"]) {
-      expect(help.out).toContain(word);
-    }
-    expect(await run("--version")).toEqual({ out: "0.1.0\n", err: "", code: 0 });
-  });
-
-  test("no server, and no such host, is one line and exit code 1", async () => {
-    expect(await run("--host", "no.such.host.invalid")).toEqual({
-      out: "",
-      err: "Could not connect to no.such.host.invalid:5555. There is no such host.\n",
-      code: 1,
-    });
-    const server = budgetChat();
-    server.stop();
-    expect(await run("--port", `${server.port}`, "--name", "Alex")).toEqual({
-      out: "",
-      err: `Could not connect to 127.0.0.1:${server.port}. Is the server running?\n`,
-      code: 1,
-    });
-  });
-});
-
-describe("lines", () => {
-  test("are the same however the bytes are cut", () => {
-    const parts = [
-      "a",
-      "\n",
-      "é",
-      "漢",
-      "👍🏽",
-      "\r\n",
-      "\n\n",
-      "\ufeffx",
-      "\u2028",
-      "\x1b[0m",
-      "\ufffd",
-    ];
-    const invalid = [[0xff], [0xe6, 0xbc], [0xf0, 0x9f], [0xc0, 0x80], [0xed, 0xa0, 0x80]];
-    for (let round = 0; round < 300; round++) {
-      const pick = <T>(from: T[]) => from[Math.floor(Math.random() * from.length)] as T;
-      const bytes = Buffer.concat(
-        Array.from({ length: 30 }, () =>
-          Buffer.from(Math.random() < 0.8 ? pick(parts) : pick(invalid)),
-        ),
-      );
-      const whole = splitLines(1000)(bytes);
-      const split = splitLines(1000);
-      const cut: string[] = [];
-      for (let at = 0, next = 0; at < bytes.length; at = next) {
-        next = at + 1 + Math.floor(Math.random() * 4);
-        cut.push(...split(bytes.subarray(at, next)));
-      }
-      expect(cut).toEqual(whole);
-      const end = bytes.lastIndexOf(10);
-      const plain = end === -1 ? [] : bytes.toString("utf8", 0, end).split("\n");
-      expect(whole.map((line) => line.length > 0)).toEqual(
-        plain.map((line) => line.replace(/[\r\u2028\x1b]/g, "").length > 0),
-      );
-    }
-  });
-
-  test("are bounded", () => {
-    const split = splitLines(10);
-    for (let i = 0; i < 100; i++) expect(split(Buffer.from("abc"))).toEqual([]);
-    expect(split(Buffer.from("abc\nnext\n"))).toEqual(["abcabcabca", "next"]);
-  });
-});
-
-// --- Both together -----------------------------------------------------------------------------
-
-describe("client and server", () => {
-  test("people talk, whisper, change names and leave, in terminals and with bare sockets", async () => {
-    const server = open();
-    const alex = terminal(server.port, ["--name", "Alex"]);
-    await alex.until("* The room contains: \r\n");
-    const sam = terminal(server.port, ["--name", "Sam"]);
-    await sam.until("* The room contains: Alex\r\n");
-    await alex.until("* Sam has joined the chat");
-    const kim = await enter(server, "Kim");
-    await alex.until("* Kim has joined the chat");
-    await sam.until("* Kim has joined the chat");
-    alex.type("Hello 漢字 everyone!\r");
-    await sam.until("[Alex] Hello 漢字 everyone!\r\n");
-    expect(await kim.line()).toBe("[Alex] Hello 漢字 everyone!");
-    sam.type("/msg ale\tpsst\r");
-    await alex.until("[Sam -> Alex] psst");
-    kim.send("/nick Kimberly\nhi\n");
-    await alex.until("* Kim is now called Kimberly");
-    await alex.until("[Kimberly] hi");
-    expect(await kim.line()).toBe("* Kim is now called Kimberly");
-    sam.child.kill("SIGKILL");
-    await alex.until("* Sam has left the chat");
-    expect(await kim.line()).toBe("* Sam has left the chat");
-    alex.type("bye\r\x03");
-    expect(await kim.lines(2)).toEqual(["[Alex] bye", "* Alex has left the chat"]);
-    expect(await alex.exited).toBe(0);
-  });
-
-  test("a name that is taken is asked for again", async () => {
-    const server = open();
-    await enter(server, "Alex");
-    const alex = terminal(server.port);
-    await alex.until("Enter your choice: ");
-    alex.type("1\rALEX\r");
-    await alex.until("* The name ALEX is taken.");
-    await alex.until("Enter your username: ");
-    alex.type("Sam\r");
-    await alex.until("* The room contains: Alex");
+    const script = `"$0" "$@" > /dev/full`;
+    const alex = inPipe(["sh", "-c", script, ...client(server.port, "--name", "Alex")]);
+    const { code, err } = await alex.result();
+    expect(code).toBe(1);
+    expect(err).toMatch(/^ENOSPC[^\n]*\n$/);
   });
 
   test.each([
-    ["at rate 0, 50,000 lines", 0, 50_000],
-    ["faster than the rate of 2000, 5,400 lines", 2_000, 5_400],
-  ])("%s from a pipe arrive complete and in order", async (_, rate, count) => {
-    const server = open({ rate });
-    const reader = await enter(server, "reader");
-    const writer = piped(server.port, ["--name", "writer"]);
-    const lines = Array.from({ length: count }, (_, number) => `line ${number}`);
-    writer.write(lines.join("\n"));
-    void writer.child.stdin.end();
-    const heard = await reader.until("* writer has left the chat");
-    expect(heard).toEqual([
-      "* writer has joined the chat",
-      ...lines.map((line) => `[writer] ${line}`),
-    ]);
-    expect(await writer.result).toEqual({
-      out: "* The room contains: reader\n",
-      err: "",
-      code: 0,
-    });
+    ["SIGINT", 130, {}, ""],
+    ["SIGTERM", 143, {}, ""],
+    ["SIGINT", 130, { neverCloses: true }, "The last lines may be lost.\n"],
+  ] as const)("sends what it has read before it ends by %s, %d, %j", async (...row) => {
+    const [signal, code, habits, err] = row;
+    const server = budgetChat(habits);
+    const pace = { signal: err ? 50 : 60_000, exit: 60_000 };
+    const alex = inPipe(pacedClient(pace, server.port, ["--name", "Alex"]));
+    alex.type("one\n");
+    await server.heard.until("one\n");
+    alex.child.kill(signal);
+    await server.heard.until("end of Alex\n");
+    expect(await alex.result()).toEqual({ code, out: roster, err });
   });
 
-  test("a server that stops and starts again finds its people there", async () => {
-    const server = await serve();
-    const alex = terminal(server.port, ["--name", "Alex"]);
-    await alex.until("The room contains");
-    server.process.kill("SIGINT");
-    await alex.until("* The server is shutting down");
-    await alex.until("Connection lost. Trying again in 1 s.");
-    expect(await server.exited).toBe(0);
-    const again = open({ port: server.port });
-    alex.type("still here\r");
-    const reader = await enter(again, "reader");
-    await reader.until("[Alex] still here");
+  test("connects again, sends the rest, and fails if lines may be lost", async () => {
+    const server = budgetChat();
+    const lost = "Trying again in 1 s.\n";
+    const silent = inPipe(hastyClient(server.port, "--name", "Silent"));
+    await silent.out.until("The room contains");
+    server.drop();
+    await silent.err.until(`Connection lost. ${lost}`);
+    silent.type("one\n");
+    silent.end();
+    await server.heard.until("joined: Silent\nSilent: one\nend of Silent\n");
+    expect(await silent.result()).toMatchObject({ code: 0, err: `Connection lost. ${lost}` });
+
+    const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
+    alex.type("one\n");
+    await server.heard.until("Alex: one\n");
+    server.drop();
+    alex.type("two\n");
+    alex.end();
+    await server.heard.until("joined: Alex\nAlex: two\nend of Alex\n");
+    const doubt = "Connection lost. What you said last may not have arrived.";
+    const err = `${doubt} ${lost}The last lines may be lost.\n`;
+    expect(await alex.result()).toMatchObject({ code: 1, err });
+  });
+
+  test.each([
+    ["closes with a reset", { resets: true }],
+    ["never closes", { neverCloses: true }],
+  ])("fails with a word when the server %s at the end", async (_, habits) => {
+    const server = budgetChat(habits);
+    const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
+    alex.type("one\n");
+    alex.end();
+    await server.heard.until("Alex: one\nend of Alex\n");
+    const err = "The last lines may be lost.\n";
+    expect(await alex.result()).toEqual({ code: 1, out: roster, err });
+  });
+
+  test("fails with a word when the server is killed while lines wait there", async () => {
+    const server = await serve("--rate", "10");
+    const alex = inPipe(client(server.port, "--name", "Alex"));
+    const connection = RegExp(` 0100007F:${server.port.toString(16).toUpperCase()} 0[45] `);
+    alex.type(toText(times(1000, (number) => `${number} ${"x".repeat(1500)}`))); // more than a chunk
+    alex.end();
+    // The client has sent its end when its connection is in the state FIN_WAIT1 or FIN_WAIT2.
+    while (!connection.test(fs.readFileSync("/proc/net/tcp", "latin1"))) await turns(1);
+    server.child.kill("SIGKILL");
+    const err = "The last lines may be lost.\n";
+    expect(await alex.result()).toMatchObject({ code: 1, err });
+  });
+
+  test("says why it cannot join", async () => {
+    const join = async (habits: Habits, ...refusals: string[]) => {
+      const server = budgetChat(habits);
+      server.refusals.push(...refusals);
+      const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
+      const { code, out, err } = await alex.result();
+      expect([code, out]).toEqual([1, ""]);
+      return err.replace(`127.0.0.1:${server.port}`, "ADDRESS");
+    };
+    const nameless = inPipe(client(budgetChat().port));
+    nameless.end();
+    const noName = "A name is needed: the first line, or --name.\n";
+    expect(await nameless.result()).toEqual({ code: 1, out: "", err: noName });
+    expect(
+      await Promise.all([
+        join({}, "* The name Alex is taken."),
+        join({ newline: "" }, "No."),
+        join({}, "x".repeat(900_000)),
+        join({}, ""),
+        join({ greeting: "* The server is full.", isFull: true }),
+        join({ greeting: "Full", newline: "", isFull: true }),
+        join({ greeting: "", isFull: true }),
+        join({ greeting: "" }),
+        join({ roster: "" }),
+      ]),
+    ).toEqual([
+      "* The name Alex is taken.\n",
+      "No.\n",
+      `${"x".repeat(8192)}… (cut)\n`,
+      "The server closed the connection: the name may be taken or not allowed.\n",
+      "* The server is full.\n",
+      "Full\n",
+      "Could not connect to ADDRESS. It closed the connection.\n",
+      "Could not connect to ADDRESS. It says nothing. Try --tls.\n",
+      "Could not connect to ADDRESS. It says nothing. Try --tls.\n",
+    ]);
+  });
+
+  test("sends a line again, whole, of which a lost connection took a part", async () => {
+    const habits = { stopsReading: true };
+    const server = budgetChat(habits);
+    const shown = new Transcript();
+    const show = (entries: readonly { text: string }[]) => {
+      for (const { text } of entries) shown.add(`${text}\n`);
+      return true;
+    };
+    const screen = {
+      isPerson: false,
+      ask: async () => undefined,
+      show,
+      showRoster: (entry: { text: string }) => void show([entry]),
+      notice: (text: string) => void show([{ text }]),
+      whenTaken() {},
+      showOwn() {},
+      print() {},
+      ignore() {},
+      close() {},
+    };
+    PACE.retry = 1;
+    cleanups.push(() => (PACE.retry = 1000));
+    const room = receiveMessages({ host: "127.0.0.1", port: server.port, tls: false }, screen);
+    await room.join("Alex");
+    await server.heard.until("joined: Alex\n");
+    const long = "x".repeat(1_000_000);
+    for (let count = 0; count < 20; count++) void room.send(long);
+    const sent = room.send("the end");
+    habits.stopsReading = false;
+    server.drop();
+    await sent;
+    await server.heard.until("Alex: the end\n");
+    const again = server.heard.text.split("joined: Alex\n")[2]?.split("\n") ?? [];
+    expect(again.slice(0, -2).filter((line) => line !== `Alex: ${long}`)).toEqual([]);
+    expect(again.length).toBeGreaterThan(3);
+    expect(await room.leave()).toEqual({ unsent: 0, isComplete: false });
+  });
+});
+
+describe("the command line of the client", () => {
+  const run = (...args: string[]) => inPipe([process.execPath, "client.ts", ...args]).result();
+
+  test("is refused in one line when it is wrong", async () => {
+    const wrong = [
+      "--nope",
+      "stray",
+      "--port",
+      "--port 0",
+      "--port 65536",
+      "--port 12.5",
+      "--port --tls",
+    ];
+    const results = await Promise.all(wrong.map((options) => run(...options.split(" "))));
+    for (const { code, out, err } of results) {
+      expect([code, out]).toEqual([2, ""]);
+      expect(err).toMatch(/^[^\n]+\. Try --help\.\n$/);
+    }
+  });
+
+  test("has a help and a version", async () => {
+    const [help, version] = await Promise.all([run("--help"), run("--version")]);
+    expect([help.code, help.err]).toEqual([0, ""]);
+    const words = ["--host", "127.0.0.1", "5555", "/msg NAME TEXT", "/ignore NAME", "Shift+Tab"];
+    expect(words.filter((word) => !help.out.includes(word))).toEqual([]);
+    expect(help.out.split("\n").filter((line) => line.length > 100)).toEqual([]);
+    expect(version).toEqual({ code: 0, out: "bun-chat 0.1.0\n", err: "" });
+  });
+
+  test("says the same version as the server", async () => {
+    const server = inPipe([process.execPath, "server.ts", "--version"]);
+    expect(await server.result()).toEqual(await run("--version"));
+  });
+
+  test("says where there is no server, and no such host", async () => {
+    const server = budgetChat();
+    server.stop();
+    const port = `${server.port}`;
+    for (const [host, words] of [
+      ["127.0.0.1", `127.0.0.1:${port}. Is the server running?`],
+      ["::1", `[::1]:${port}. `],
+      ["no.such.host.invalid", `no.such.host.invalid:${port}. There is no such host.`],
+    ] as const) {
+      const { code, out, err } = await run("--host", host, "--port", port, "--name", "Alex");
+      expect([code, out]).toEqual([1, ""]);
+      expect(err).toStartWith(`Could not connect to ${words}`);
+      expect(err).toMatch(/^[^\n]+\n$/);
+    }
+  });
+
+  test("its times are those that are promised", () => {
+    expect(PACE).toMatchObject({ silence: 10_000, moment: 1000, doubt: 2000, retry: 1000 });
+    expect(PACE).toMatchObject({ lastWords: 30_000, blank: 300, pasted: 100, crowd: 200 });
+    expect(PACE).toMatchObject({ patience: 2000, signal: 1000, exit: 2000 });
   });
 });
 
 describe("the client under TLS", () => {
-  const openssl = async (...args: string[]) =>
-    expect(await Bun.spawn(["openssl", ...args], { stderr: "ignore" }).exited).toBe(0);
-
-  test("people talk in terminals, with the certificate of the server for --ca", async () => {
-    const server = openTls();
-    const bob = await enter(server, "bob");
-    const alex = terminal(server.port, ["--ca", certificate.cert, "--name", "Alex"]);
-    await alex.until("* The room contains: bob");
-    alex.type("hello\r");
-    expect(await bob.lines(2)).toEqual(["* Alex has joined the chat", "[Alex] hello"]);
-    bob.send("hi\n");
-    await alex.until("[bob] hi");
-    alex.type("\x04");
-    expect(await alex.exited).toBe(0);
-    expect(await bob.line()).toBe("* Alex has left the chat");
-  });
-
-  test("50,000 lines from a pipe arrive complete and in order", async () => {
-    const server = openTls();
-    const bob = await enter(server, "bob");
-    const writer = piped(server.port, ["--ca", certificate.cert, "--name", "writer"]);
-    writer.write(Array.from({ length: 50_000 }, (_, number) => `line ${number}\n`).join(""));
-    void writer.child.stdin.end();
-    const [first, ...lines] = await bob.until("* writer has left the chat");
-    expect(first).toBe("* writer has joined the chat");
-    expect(lines).toEqual(numbered("writer", 50_000));
-    expect(await writer.result).toMatchObject({ err: "", code: 0 });
-  });
-
-  test("a certificate that proves nothing is one line with the reason, and nothing was sent", async () => {
-    const path = (name: string) => `${folder}/${name}-cert.pem`;
+  test("sends nothing to a server whose certificate proves nothing, and says why", async () => {
     const elsewhere = await makeCertificate("elsewhere", "DNS:example.org");
-    const signed = await makeCertificate("signed", "IP:127.0.0.1", [
-      ...["-CA", certificate.cert, "-CAkey", certificate.key],
-    ]);
+    const issuer = ["-CA", certificate.cert, "-CAkey", certificate.key];
+    const signed = await makeCertificate("signed", "IP:127.0.0.1", ...issuer);
+    const expired = { ...certificate, cert: `${folder}/expired-cert.pem` };
     const signing = ["x509", "-in", certificate.cert, "-signkey", certificate.key];
-    await openssl(...signing, "-days", "-1", "-out", path("expired"));
-    const expired = { ...certificate, cert: path("expired") };
+    await openssl(...signing, "-days", "-1", "-out", expired.cert);
+    const future = await makeFutureCertificate();
     for (const [shown, trust, reason] of [
-      [certificate, ["--tls"], "Its certificate is self-signed: "],
-      [expired, ["--ca", expired.cert], "Its certificate has expired: "],
-      [elsewhere, ["--ca", elsewhere.cert], "Its certificate is for a wrong host: "],
-      [signed, ["--tls"], "Its certificate is of an unknown authority: "],
+      [certificate, ["--tls"], /Its certificate is self-signed: /],
+      [expired, ["--ca", expired.cert], /Its certificate has expired: /],
+      [future, ["--ca", future.cert], /Its certificate is not (valid yet|yet valid): /],
+      [elsewhere, ["--ca", elsewhere.cert], /Its certificate is for (a wrong|another) host: /],
+      [signed, ["--tls"], /Its certificate is .* unknown authority: /],
     ] as const) {
-      const heard: string[] = [];
-      const server = Bun.listen({
-        hostname: "127.0.0.1",
-        port: 0,
-        tls: { cert: Bun.file(shown.cert), key: Bun.file(shown.key) },
-        socket: { data: (_, chunk) => void heard.push(chunk.toString()) },
-      });
-      cleanups.push(() => server.stop(true));
-      const client = piped(server.port, [...trust, "--name", "Alex"]);
-      client.write("a secret\n");
-      const { out, err, code } = await client.result;
-      expect(err).toStartWith(`Could not connect to 127.0.0.1:${server.port}. ${reason}`);
-      expect(err.trimEnd().split("\n")).toHaveLength(1);
-      expect([out, code, heard]).toEqual(["", 1, []]);
+      const tls = { cert: Bun.file(shown.cert), key: Bun.file(shown.key) };
+      const server = budgetChat({ tls });
+      const alex = inPipe(client(server.port, ...trust, "--name", "Alex"));
+      alex.type("a secret\n");
+      const { code, out, err } = await alex.result();
+      expect([code, out, server.heard.text.replace("closed \n", "")]).toEqual([1, "", ""]);
+      expect(err).toStartWith(`Could not connect to 127.0.0.1:${server.port}. `);
+      expect(err).toMatch(RegExp(`${reason.source}[^\\n]+\n$`));
     }
   });
 
-  test("a file for --ca that is none, or holds no certificate, is refused", async () => {
-    for (const [file, code, line] of [
-      [`${folder}/none`, 1, `${folder}/none cannot be read.\n`],
-      [certificate.key, 2, `${certificate.key} holds no PEM certificate. Try --help.\n`],
+  test("refuses a file for --ca that is none, or holds no certificate, or a broken one", async () => {
+    const broken = `${folder}/broken.pem`;
+    fs.writeFileSync(broken, certificate.ca.replace(/\n[A-Za-z0-9+/]{20}/, "\nAAAA"));
+    for (const [file, words] of [
+      [`${folder}/none`, "cannot be read."],
+      [certificate.key, "holds no certificate in PEM."],
+      [broken, "holds no certificate in PEM."],
     ] as const) {
-      const { out, err, code: exitCode } = await piped(1, ["--ca", file, "--name", "Alex"]).result;
-      expect([out, err, exitCode]).toEqual(["", line, code]);
+      const alex = inPipe(client(1, "--ca", file, "--name", "Alex"));
+      expect(await alex.result()).toEqual({ code: 1, out: "", err: `${file} ${words}\n` });
     }
   });
 
-  test("TLS to a server without it, and the other way round, is said", async () => {
-    const plain = open();
-    const { err, code } = await piped(plain.port, ["--tls", "--name", "Alex"]).result;
-    expect(err).toEndWith("It does not speak TLS: leave --tls away.\n");
-    expect(code).toBe(1);
-    const pace = { silence: 50, retry: 1, doubt: 50 };
-    const screen = {
-      person: false,
-      show: () => true,
-      notice: () => {},
-      ask: () => Promise.resolve(undefined),
-      close() {},
-    };
-    const encrypted = { host: "127.0.0.1", port: openTls().port, tls: false };
-    await expect(receiveMessages(encrypted, screen, pace).join()).rejects.toThrow(
-      "It says nothing. Try --tls.",
-    );
+  test("says when only one side speaks TLS", async () => {
+    const { port } = open();
+    const alex = inPipe(client(port, "--tls", "--name", "Alex"));
+    const { code, out, err } = await alex.result();
+    expect([code, out]).toEqual([1, ""]);
+    expect(err).toStartWith(`Could not connect to 127.0.0.1:${port}. It does not speak TLS: `);
+    const bob = inPipe(hastyClient(openTls().port, "--name", "bob"));
+    expect((await bob.result()).err).toEndWith("It says nothing. Try --tls.\n");
   });
 });
 
-// --- In a process of straw ---------------------------------------------------------------------
+// --- 12. TLS -----------------------------------------------------------------------------------
+// What is the same with and without TLS stands in the sections before.
 
-describe("main in this process", () => {
-  let problems = spyOn(console, "error");
-  const { argv } = real;
+describe("a room with TLS", () => {
+  test("cuts off one that speaks plainly, and one that never shakes hands", async () => {
+    jest.useFakeTimers();
+    const { room, log } = openLogged({}, openTls);
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const plain = await Peer.connect({ port: room.port });
+    plain.send("GET / HTTP/1.1\r\n\r\n");
+    expect((await plain.rest()).join()).not.toContain("Welcome");
+    expect(log.at(-1)).toBe("Refused 127.0.0.1:PORT: the TLS handshake failed");
 
-  beforeEach(() => {
-    useStraw();
-    straw.running = true;
-    straw.removeAllListeners(); // a client of before must not hear the signals of now
-    problems = spyOn(console, "error").mockImplementation(() => {});
-    straw.shown = "";
-    straw.exitCode = 0;
-    stdin.isTTY = true;
+    const silent = await Peer.connect({ port: room.port });
+    await stillServes(room, alice, bob);
+    jest.advanceTimersByTime(61_000);
+    await silent.ended.promise;
+    expect(silent.total).toBe(0);
+    const late = "Refused 127.0.0.1:PORT: it did not finish the TLS handshake within a minute";
+    expect(log.at(-1)).toBe(late);
   });
 
-  afterEach(() => {
-    real.argv = argv;
-    straw.running = false;
-    useReal();
-    problems.mockRestore();
-  });
-
-  /** Starts the client. What it throws comes where an unhandled rejection would. */
-  function client(...args: string[]): void {
-    straw.removeAllListeners();
-    stdin.removeAllListeners("keypress");
-    straw.stdout.removeAllListeners();
-    straw.exited = Promise.withResolvers();
-    real.argv = ["bun", "client.ts", ...args];
-    clientMain().catch((error) => {
-      if (!`${error}`.includes("exit ")) straw.emit("unhandledRejection", error);
-    });
-  }
-
-  async function until(text: string): Promise<void> {
-    while (!straw.shown.includes(text))
-      await new Promise((resolve) => straw.once("shown", resolve));
-    straw.shown = straw.shown.slice(straw.shown.indexOf(text) + text.length);
-  }
-
-  test("the client in a terminal: menu, typing, Tab, paste, colours, Ctrl+Z, resize, leaving", async () => {
-    const server = open();
-    const [bob, carol] = (await enterAll(server, "bob", "carol")) as [Peer, Peer];
-    client("--port", `${server.port}`, "--bell");
-    await until("Enter your choice: ");
-    stdin.write("x\r1\r");
-    await until("Enter your username: ");
-    stdin.write("bob\r");
-    await until("* The name bob is taken.");
-    await until("Enter your username: ");
-    stdin.write("Alex\r");
-    await until("The room contains: bob, carol");
-    expect(await bob.line()).toBe("* Alex has joined the chat");
-    bob.send("hi ALEX!\n/msg Alex psst\n/nick ben\n/quit\n");
-    await until("\x1b[1m hi ALEX!\x1b[0m\x07");
-    await until("\x1b[1;35m[bob -> Alex] psst");
-    await until("ben has left");
-    await carol.until("* ben has left the chat");
-    stdin.write("ca\t");
-    await until("carol: ");
-    stdin.write("\x1a");
-    await until("\x1b[J");
-    straw.stdout.emit("resize");
-    stdin.write("hello\r");
-    expect(await carol.until("[Alex] carol: hello")).toEqual(
-      ["* Alex has joined the chat"].slice(1),
-    );
-    stdin.write("\x1b[200~one\r\r/two\tof it\r\x1b[201~q\r");
-    expect(await carol.lines(3)).toEqual([
-      "[Alex] one",
-      "[Alex] /two\tof it",
-      "* Alex has left the chat",
-    ]);
-    await until("Enter your choice: ");
-    stdin.write("2\r");
-    expect(await straw.exited.promise).toBe(0);
-    straw.emit("exit");
-    expect(stdin.isRaw).toBe(false);
-  });
-
-  test("the client in a terminal: a server that is not there", async () => {
-    client("--port", "1", "--name", "Alex");
-    expect(await straw.exited.promise).toBe(1);
-    expect(problems).toHaveBeenLastCalledWith(
-      "Could not connect to 127.0.0.1:1. Is the server running?",
-    );
-  });
-
-  test("the client in a pipe", async () => {
-    const server = open();
-    const bob = await enter(server, "bob");
-    stdin.isTTY = false;
-    const input = spyOn(Bun.stdin, "stream");
-    input.mockReturnValueOnce(new Blob(["Alex\none\n\ntwo"]).stream());
-    client("--port", `${server.port}`);
-    expect(await straw.exited.promise).toBe(0);
-    expect(straw.shown).toBe("* The room contains: bob\n");
-    expect(await bob.lines(4)).toEqual([
-      "* Alex has joined the chat",
-      "[Alex] one",
-      "[Alex] two",
-      "* Alex has left the chat",
-    ]);
-    for (const [args, code, problem] of [
-      [["--name", "bob"], 1, "* The name bob is taken."],
-      [["--ca", "/no/such/file"], 1, "/no/such/file cannot be read."],
-      [["--port", "0"], 2, "--port is a number from 1 to 65535, not '0'. Try --help."],
-    ] as const) {
-      input.mockReturnValueOnce(new Blob([]).stream());
-      client("--port", `${server.port}`, ...args);
-      expect(await straw.exited.promise).toBe(code);
-      expect(problems).toHaveBeenLastCalledWith(problem);
+  test.each([
+    ["-tls1_2", true],
+    ["-tls1_3", true],
+    ["-tls1_1", false],
+  ])("openssl s_client %s enters it: %p", async (version, isWelcome) => {
+    const room = openTls();
+    const alice = await enter(room, "alice");
+    const command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-quiet"];
+    const bob = inPipe([...command, "-connect", `127.0.0.1:${room.port}`]);
+    if (!isWelcome) {
+      const { code, out } = await bob.result();
+      expect(code).not.toBe(0);
+      expect(out).toBe("");
+      return;
     }
-    client("--help");
-    await until("Usage: bun client.ts");
-    input.mockRestore();
+    await bob.out.until("Welcome");
+    bob.type("bob\nhello\n");
+    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
+    alice.send("hello bob\n");
+    await bob.out.until("[alice] hello bob");
   });
 
-  test("the server", async () => {
-    const log = spyOn(console, "log").mockImplementation(() => {});
-    // When all is said the server sets a timer, in case its output holds up the end of the process.
-    const later = globalThis.setTimeout;
-    let stopped = Promise.withResolvers<void>();
-    const timers = spyOn(globalThis, "setTimeout").mockImplementation(((
-      act: () => void,
-      ...rest: number[]
-    ) => {
-      if (act !== straw.exit) return later(act, ...rest);
-      stopped.resolve();
-      return later(() => {});
-    }) as typeof setTimeout);
-    const run = (...args: string[]) => {
-      real.argv = ["bun", "server.ts", ...args];
-      serverMain();
+  test("reads its certificate again by SIGHUP, for newcomers; nobody inside notices", async () => {
+    const current = { cert: `${folder}/current-cert.pem`, key: `${folder}/current-key.pem` };
+    fs.copyFileSync(certificate.cert, current.cert);
+    fs.copyFileSync(certificate.key, current.key);
+    const server = await serve("--tls-cert", current.cert, "--tls-key", current.key);
+    const { port } = server;
+    const old = { port, ca: certificate.ca };
+    const alice = await enter(old, "alice");
+
+    fs.copyFileSync(renewed.cert, current.cert); // the key is still the old one
+    server.child.kill("SIGHUP");
+    await server.err.until(/The certificate stays as it was\. The key does not belong/);
+    await enter(old, "bob");
+    fs.writeFileSync(current.cert, "no certificate\n");
+    server.child.kill("SIGHUP");
+    await server.err.until(/The certificate stays as it was\. .* not in PEM/);
+
+    fs.copyFileSync(renewed.cert, current.cert);
+    fs.copyFileSync(renewed.key, current.key);
+    server.child.kill("SIGHUP");
+    await server.out.until("The certificate has been read again");
+    const carol = await enter({ port, ca: renewed.ca }, "carol");
+    const distrustful = await Peer.connect(old);
+    await distrustful.ended.promise;
+    expect(distrustful.total).toBe(0);
+    carol.send("hello\n");
+    const heard = ["* bob has joined the chat", "* carol has joined the chat", "[carol] hello"];
+    expect(await alice.lines(3)).toEqual(heard);
+  });
+});
+
+// --- 13. Faults --------------------------------------------------------------------------------
+
+/** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
+function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {
+  const sockets = Object.getPrototypeOf(peer.socket) as Socket<unknown>;
+  const { write } = sockets;
+  sockets.write = function (this: Socket<unknown>, ...bytes: [Uint8Array]) {
+    if (this.data instanceof Peer || !isVictim(this)) return write.apply(this, bytes);
+    throw new Error("on purpose");
+  } as typeof write;
+  return { [Symbol.dispose]: () => void (sockets.write = write) };
+}
+
+describe("an exception", () => {
+  test.each([
+    ["open", "New connection", null],
+    ["data, while joining", "User mallory has joined", null],
+    ["data, while speaking", "Received message", null],
+    ["end", "Removing user", "shutdown"],
+    ["close", "Removing user", "terminate"],
+  ] as const)("in %s is reported, and costs that connection only", async (_, event, leave) => {
+    let isArmed = false;
+    const log = (line: string) => {
+      if (!isArmed || !line.startsWith(event)) return;
+      isArmed = false;
+      throw new Error("on purpose");
     };
-    run("--port", "0", "--rate", "0");
-    await until("Server is running on 127.0.0.1:");
-    const alice = await enter({ port: Number.parseInt(straw.shown) }, "alice");
-    alice.send("hi\n");
-    await until("Received message from alice: hi");
-    straw.emit("SIGTERM");
-    expect(await alice.rest()).toEqual(["* The server is shutting down"]);
-    expect(straw.listenerCount("SIGTERM")).toBe(0);
-    alice.socket.end();
-    await stopped.promise;
-    stopped = Promise.withResolvers();
-    straw.stderr.resume();
-    const [cert, key] = [`${folder}/straw-cert.pem`, certificate.key];
-    copyFileSync(certificate.cert, cert);
-    run("--port", "0", "--tls-cert", cert, "--tls-key", key, "--quiet", "--max-clients", "1000000");
-    await until("At most ");
-    straw.emit("SIGHUP");
-    await until("The certificate has been read again.");
-    writeFileSync(cert, "no certificate\n");
-    straw.emit("SIGHUP");
-    expect(`${(await once(straw.stderr, "data"))[0]}`).toMatch(
-      /The certificate stays as it was\. The certificate or the key is not in PEM/,
-    );
-    straw.emit("SIGINT");
-    await stopped.promise;
-    timers.mockRestore();
-    expect(() => run("--version")).toThrow("exit 0");
-    expect(() => run("--rate", "x")).toThrow('--rate takes a number from 0 to 1000000, not "x"');
-    expect(() => run("--tls-cert", "x")).toThrow("--tls-cert and --tls-key go together");
-    log.mockRestore();
+    const { room, problems } = openLogged({ log });
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    isArmed = true;
+    const mallory = await Peer.connect(room);
+    mallory.send("mallory\nhi\n");
+    if (leave) {
+      await bob.until("[mallory] hi");
+      mallory.socket[leave]();
+    }
+    await mallory.ended.promise;
+    await stillServes(room, alice, bob);
+    expect(problems.splice(0)).toEqual([expect.stringContaining("on purpose")]);
+    expect(namesIn(room)).toEqual(["alice", "bob"]);
+  });
+
+  test.each(["handshake", "join", "drain"])("while writing in %s does, too", async (handler) => {
+    const { room, problems } = openLogged({}, handler === "handshake" ? openTls : open);
+    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
+    const dave = handler === "join" ? await greeted(room) : carol;
+    if (handler === "drain") await lagBehind(room, alice, carol, 1);
+    {
+      using _ = breakWrites(alice);
+      if (handler === "join") dave.send("dave\n");
+      carol.socket.resume();
+      const victim = handler === "handshake" ? await Peer.connect(room) : dave;
+      await victim.closed.promise;
+    }
+    expect(problems.splice(0)).toEqual([expect.stringContaining("on purpose")]);
+    if (handler === "join") await enter(room, "dave"); // no ghost has that name
+    await stillServes(room, alice, bob);
+  });
+
+  test("while a batch is sent costs one client, and everybody else gets every line", async () => {
+    const { room, problems } = openLogged();
+    const [alice, bob, carol, dave] = await enterAll(room, "alice", "bob", "carol", "dave");
+    const victims: unknown[] = [room.clients[1]?.socket, room.clients[2]?.socket];
+    {
+      using _ = breakWrites(alice, (socket) => victims.includes(socket));
+      alice.send(toText(numbered(50)));
+      await Promise.all([bob.closed.promise, carol.closed.promise]);
+    }
+    const heard = await dave.until("* carol has left the chat");
+    heard.push(...(await alice.ping()), ...(await dave.ping()));
+    expect(heard.filter((line) => line.startsWith("["))).toEqual(numbered(50, "alice"));
+    expect(problems.splice(0)).toHaveLength(2);
+    expect(namesIn(room)).toEqual(["alice", "dave"]);
+  });
+
+  test("while a client that was held back is read costs that client only", async () => {
+    jest.useFakeTimers();
+    const log = (event: string) => {
+      if (event.endsWith(" mallory: line 20")) throw new Error("on purpose");
+    };
+    const { room, problems } = openLogged({ rate: 10, log });
+    const [alice, mallory, bob] = await enterAll(room, "alice", "mallory", "bob");
+    mallory.send(toText(numbered(40)));
+    await bob.until(`[mallory] line ${NEWCOMER_LINES - 1}`);
+    for (let tick = 0; tick < 20; tick++) jest.advanceTimersByTime(100);
+    await bob.until(/^\* mallory has left the chat \(\d+ or more lines unread\)$/);
+    expect(problems.splice(0)).toHaveLength(1);
+    await stillServes(room, alice, bob);
+  });
+});
+
+describe("a machine that has vanished", () => {
+  test("is found within a minute or so, and one that only does not read is not mistaken for it", async () => {
+    jest.useFakeTimers();
+    const room = open();
+    const peers = await enterAll(room, "alice", "bob", "carol", "dave", "erin");
+    // [tcpi_retransmits, tcpi_probes, tcpi_last_ack_recv in ms]
+    const states: Record<string, [number, number, number]> = {
+      alice: [6, 0, 56_000], // is sent the same bytes again and again
+      bob: [0, 6, 56_000], // is asked again and again whether he will read on, or is there at all
+      carol: [0, 1, 80_000], // has answered that, and still does not read
+      dave: [2, 0, 56_000], // has been silent, and now a packet or two to him have been lost
+      erin: [6, 0, 54_000], // may come back yet
+    };
+    const names = new Map(Array.from(descriptors(room), ([name, fd]) => [fd, name]));
+    let looks = 0;
+    globalThis.tcpInfo = (fd, info, result) => {
+      looks++;
+      expect(result).toBe(0);
+      expect(info.getUint8(0)).toBe(1); // tcpi_state: established
+      expect(info.getUint32(56, true)).toBeLessThan(30_000); // in truth
+      const [retransmits, probes, silence] = states[names.get(fd) ?? ""] ?? [0, 0, 0];
+      info.setUint8(2, retransmits);
+      info.setUint8(3, probes);
+      info.setUint32(56, silence, true);
+    };
+    cleanups.push(() => (globalThis.tcpInfo = undefined));
+    jest.advanceTimersByTime(60_000);
+    for (const peer of peers.slice(2)) await peer.until("* bob has left the chat");
+    expect(namesIn(room)).toEqual(["carol", "dave", "erin"]);
+
+    // Those that were found to be there are looked at again, but not each second.
+    states["dave"] = [6, 0, 56_000];
+    looks = 0;
+    jest.advanceTimersByTime(7_000);
+    await peers[2].until("* dave has left the chat");
+    expect(looks).toBeLessThan(8);
+  });
+
+  test("is asked by the kernel whether it is still there", async () => {
+    const room = open();
+    await enter(room, "alice");
+    const { symbols } = dlopen("libc.so.6", {
+      getsockopt: { args: ["int", "int", "int", "buffer", "buffer"], returns: "int" },
+    });
+    const option = (level: number, name: number) => {
+      const value = new Uint32Array(1);
+      const fd = descriptors(room).get("alice") ?? -1;
+      symbols.getsockopt(fd, level, name, value, Uint32Array.of(4));
+      return value[0];
+    };
+    const [SOL_SOCKET, SO_KEEPALIVE, IPPROTO_TCP, TCP_KEEPIDLE] = [1, 9, 6, 4];
+    expect(option(SOL_SOCKET, SO_KEEPALIVE)).toBe(1);
+    expect(option(IPPROTO_TCP, TCP_KEEPIDLE)).toBe(45); // s
   });
 });

@@ -1,84 +1,178 @@
 #!/usr/bin/env bun
 /**
  * The terminal client of bun-chat: a chat room over TCP, one message a line.
- *   bun client.ts                                      the menu, on the server of this machine
- *   bun client.ts --host chat.example.org --name Alex  straight into that room
- *   tail -f app.log | bun client.ts --name logbot      in a pipe it is a tool
  *
- * It speaks Budget Chat (Protohackers, problem 3) with any server. `receiveMessages` owns the
- * connection and keeps it up, `sendMessages` passes on what is typed. They meet at a screen, where
- * what arrives never disturbs what is being typed, and no byte of a server is ever a control.
+ *     bun client.ts                                      the menu, on the server of this machine
+ *     bun client.ts --host chat.example.org --name Alex  straight into that room
+ *     tail -f app.log | bun client.ts --name logbot      in a pipe it is a tool
+ *
+ * It speaks Budget Chat (https://protohackers.com/problem/3) with any server. `receiveMessages` owns
+ * the connection and keeps it up, and `sendMessages` passes on what is typed. They meet at a screen: a
+ * terminal, where what arrives never disturbs what is being typed, or a pipe. The server is a
+ * stranger: no byte of it reaches the terminal as a control, and it cannot make the client grow.
+ *
+ * From top to bottom: options and limits, text, what a line means, how it is shown, the connection,
+ * the editor of a line, the display, the two screens, the conversation, the program.
  */
-import { readFileSync, writeSync } from "node:fs";
-import { createInterface, type Interface } from "node:readline";
+
+import { X509Certificate } from "node:crypto";
+import { readFileSync, write, writeSync } from "node:fs";
+import { emitKeypressEvents } from "node:readline";
+import { isatty } from "node:tty";
 import { parseArgs } from "node:util";
 
 const { stdin, stdout } = process;
+
+// --- Options and limits ------------------------------------------------------------------------
+
 const VERSION = "0.1.0";
-const MAX_LINE = 1024 * 1024; // characters of a server's line; a roster of 10,000 names has 350 KB
-const MAX_SHOWN = 8192; // characters of a line that are shown, or sent; a message has 4096 bytes
-const MAX_PEOPLE = 10_000; // names remembered for Tab
-const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at once.";
-const [WHO, SAY] = ["Enter your username: ", "You: "];
+const DEFAULTS = { host: "127.0.0.1", port: 5555 };
 
-/** What our server does for a line that begins with `/`; only /quit is done here. */
-const COMMANDS = {
-  "/help": "what the server can do",
-  "/who": "who is here",
-  "/nick NAME": "be called NAME from now on",
-  "/msg NAME TEXT": "say TEXT to NAME and to nobody else",
-  "/quit": "end the program",
+/** Where the server is, and whom to trust under TLS. */
+type Address = { host: string; port: number; tls: boolean | { ca: string } };
+
+/** Times in ms. A test may change them before it calls `main`. */
+export const PACE = {
+  silence: 10_000, // for a server to say something
+  moment: 1000, // after which words without a newline are taken for a line
+  doubt: 2000, // in which the end of the connection makes a refusal of the last words
+  retry: 1000, // before the first new try
+  lastWords: 30_000, // of silence after our end, in which a server may still close
+  perLine: 200, // of silence more for each line sent, because a room may take them slowly
+  blank: 300, // in which more input shows that an empty line does not end the program
+  pasted: 100, // between two pasted lines, after the first ones
+  crowd: 200, // in which those who come, or go, share a line
+  patience: 2000, // before a word about a server that takes its time while we leave
+  signal: 1000, // after a signal, before we stop waiting for the server
+  exit: 2000, // after a signal, before we stop waiting for the terminal, too
 };
-const commands = Object.entries(COMMANDS).map(([usage, does]) => `  ${usage.padEnd(15)} ${does}`);
-const HELP = `bun-chat ${VERSION}: talk to everybody in a room, from your terminal.
 
-Usage: bun client.ts [options]
-  --host HOST     where the server is (default 127.0.0.1)
-  --port PORT     and its port (default 5555)
-  --name NAME     join as NAME at once, without the menu
-  --tls           encrypt; the certificate must be good for HOST
-  --ca FILE       the same, for a certificate that this PEM file vouches for
-  --bell          ring when somebody mentions you or writes to you alone
-  --help, --version
+const MAX_LINE = 1024 * 1024; // characters of a line; a roster of 10,000 names has 350,000
+const MAX_SHOWN = 8192; // characters of a line that are shown; a message has 4096 bytes
+const MAX_ANSWER = 20; // lines that a server may use for a refusal
+const MAX_TYPED = 8192; // characters of a line that is being typed
+const MAX_PEOPLE = 10_000; // names remembered for Tab
+const MAX_HISTORY = 1000; // lines
+const MAX_OUTPUT = 64 * 1024; // characters that may wait for the terminal before we stop reading
+const PASTED_AT_ONCE = 20; // lines; the others go one by one
+const SHORT_PASTE = 5; // lines that are not worth a word
 
-In the chat:
-${commands.join("\n")}
-  //text          say a line that begins with /
-  q               leave the chat, back to the menu
-  Tab             complete a name or a command; once more for the next one
-  Up, Down        what you said before
-  Enter           on an empty line: end the program, as do Ctrl+D and Ctrl+C
+// --- Text --------------------------------------------------------------------------------------
+// Bytes become lines, and lines are cleaned, whoever sent them. Nothing here knows a connection or a
+// terminal.
 
-In a pipe there is no menu, and without --name the first line is the name. NO_COLOR=1 is honoured.
+// The characters that the server takes out, too: C0 but tab, DEL, C1, line separators, what turns the
+// direction of a text around (Unicode UAX #9), and invisible characters that can hide text.
+const UNCLEAN =
+  /[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
 
-Examples:
-  bun client.ts --name Alex
-  bun client.ts --host chat.example.org --port 6000 --bell
-  tail -f app.log | bun client.ts --name logbot > room.txt
-`;
+/** What may be shown of a text: nothing that steers a terminal or reorders the text. */
+export function cleanText(text: string): string {
+  return text.replace(UNCLEAN, "");
+}
 
-// ---- Text: bytes to lines, lines to what they mean. Nothing here knows a socket or a terminal.
 /**
  * Returns a function that takes the next bytes of a stream and returns the lines they complete, of
- * `limit` characters at most, without what could steer a terminal or reorder its text: C0 but tab,
- * DEL, C1, line separators, bidirectional overrides and isolates (Unicode UAX #9).
+ * `limit` characters at most and cleaned. Without bytes it returns what is left as a last line.
  */
-export function splitLines(limit: number): (chunk: Uint8Array) => string[] {
-  const unsafe = /[\0-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
+export function splitLines(limit: number): (chunk?: Uint8Array) => string[] {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   let unfinished = "";
+
   return (chunk) => {
-    const lines = decoder.decode(chunk, { stream: true }).split("\n");
-    lines[0] = (unfinished + lines[0]).slice(0, limit);
+    const text = chunk ? decoder.decode(chunk, { stream: true }) : decoder.decode();
+    const [first = "", ...others] = text.split("\n");
+    const lines = [unfinished + first, ...others].map((line) => line.slice(0, limit));
     unfinished = lines.pop() ?? "";
-    return lines.map((line) => line.replace(unsafe, ""));
+    if (chunk) return lines.map(cleanText);
+
+    const rest = cleanText(unfinished);
+    unfinished = "";
+    return rest ? [rest] : [];
   };
 }
 
-/** A line of the room, with the parts that say what it is; a mere notice has none. */
-type Part = "from" | "to" | "who" | "did" | "renamed" | "roster";
+// A grapheme cluster is what a person takes for one character (Unicode UAX #29).
+const segmenter = new Intl.Segmenter();
+
+function graphemes(text: string): string[] {
+  return Array.from(segmenter.segment(text), ({ segment }) => segment);
+}
+
+const ASCII = /^[\x20-\x7e]*$/;
+
+// Terminals agree only on these to take no column, and draw some letters wider than others do.
+const NO_COLUMN = /^[\p{Mn}\p{Me}\u200c\u200d]$/u;
+const TWO_COLUMNS = /^[\u3248-\u324f]$/;
+
+/** The columns that a text takes at most: a terminal may draw the parts of a cluster on their own. */
+function columnsOf(text: string): number {
+  if (ASCII.test(text)) return text.length;
+
+  let columns = 0;
+  for (const character of text) {
+    const least = TWO_COLUMNS.test(character) ? 2 : 1;
+    if (!NO_COLUMN.test(character)) columns += Math.max(least, Bun.stringWidth(character));
+  }
+  return Math.max(columns, Bun.stringWidth(text));
+}
+
+/** Cuts an absurdly wide cluster, such as a chain of skin tones. */
+function cutGrapheme(grapheme: string, most: number): string[] {
+  return columnsOf(grapheme) > most ? Array.from(grapheme) : [grapheme];
+}
+
+/**
+ * Breaks a text between words, so that no row of it begins at the left, where real lines begin. A
+ * word of ASCII that is longer than a row, such as a URL, is left to the terminal, so that it can be
+ * copied. Any other long word is broken.
+ * @param start the column where the text begins
+ * @param indent the column where further rows begin
+ * @param columns of the terminal
+ */
+export function wrapText(text: string, start: number, indent: number, columns: number): string {
+  let wrapped = "";
+  let column = start;
+
+  const add = (part: string, width: number) => {
+    wrapped += part;
+    column += width;
+  };
+  const breakRow = () => {
+    wrapped += `\n${" ".repeat(indent)}`;
+    column = indent;
+  };
+
+  for (const word of text.replaceAll("\t", "    ").match(/ +|[^ ]+/g) ?? []) {
+    const width = columnsOf(word);
+    const isLong = indent + width > columns;
+    if (column + width <= columns) {
+      add(word, width);
+    } else if (word.startsWith(" ")) {
+      breakRow();
+    } else if (!isLong) {
+      breakRow();
+      add(word, width);
+    } else if (ASCII.test(word)) {
+      add(word, columns - column); // what follows begins a new row
+    } else {
+      // Anything but ASCII may be a blank in disguise, so it gets no row that begins at the left.
+      for (const part of graphemes(word).flatMap((grapheme) =>
+        cutGrapheme(grapheme, columns / 2),
+      )) {
+        if (column + columnsOf(part) > columns) breakRow();
+        add(part, columnsOf(part));
+      }
+    }
+  }
+  return wrapped;
+}
+
+// --- What a line means -------------------------------------------------------------------------
+
+/** A line of the room, with the parts that say what it is. A mere notice has none. */
 type Entry = { text: string } & Partial<Record<Part, string>>;
-type Crowd = Entry & { crowd: string[] }; // neighbours that all joined, or all left, are one
+type Part = "from" | "to" | "who" | "did" | "renamed" | "roster";
 
 // A name has no space and no punctuation, so nothing that people say can look like one of these. Some
 // scripts cannot do without joiners.
@@ -90,411 +184,1514 @@ const FORMS = [
   `\\* (?:The room contains|\\d+ (?:people are|person is) here):(?<roster>.*)`,
 ];
 const FORM = new RegExp(`^(?:${FORMS.join("|")})`, "u");
-const classify = (text: string): Entry => ({ text, ...FORM.exec(text)?.groups });
 
-/** Keeps who is here, the latest speakers last. */
-function remember(people: Set<string>, { from, to, who, did, renamed, roster }: Entry): void {
-  if (roster !== undefined) people.clear();
-  const here = [from, to, renamed, did === "left" ? "" : who, ...(roster?.match(/[^\s,]+/g) ?? [])];
-  for (const name of [who, ...here]) if (name) people.delete(name);
-  if (people.size >= MAX_PEOPLE) return;
-  for (const name of here) if (name && !(renamed && name === who)) people.add(name);
+/** Finds out what a line is: a message, news of somebody, a roster, or none of them. */
+export function classify(text: string): Entry {
+  return { text, ...FORM.exec(text)?.groups };
 }
+
+/** A copy of its own: a part of a line would keep all of the line in memory. */
+function copyOf(text: string): string {
+  return Buffer.from(text).toString();
+}
+
+function namesIn(roster: string): string[] {
+  return roster.match(/[^\s,]+/g) ?? [];
+}
+
+/** Names are the same in whatever case they are written. */
+function isSameName(a: string, b: string): boolean {
+  return a.normalize("NFKC").toLowerCase() === b.normalize("NFKC").toLowerCase();
+}
+
+/** Who is here, by the number of the last line that names them. */
+type People = Map<string, number>;
+
+let linesRemembered = 0;
+
+/** Keeps who is here, and who has spoken last. */
+function remember(people: People, entry: Entry): void {
+  const { from, to, who, did, renamed, roster } = entry;
+  if (roster !== undefined) people.clear();
+  if (who && (did === "left" || renamed)) people.delete(who);
+
+  const present = roster === undefined ? [from, to, renamed] : namesIn(roster);
+  if (did !== "left" && !renamed) present.push(who);
+  linesRemembered++;
+  for (const name of present) {
+    const isKept = name && (people.has(name) || people.size < MAX_PEOPLE);
+    if (isKept) people.set(copyOf(name), linesRemembered);
+  }
+}
+
+/** Their names, the latest speakers last. */
+function bySpeech(people: People): string[] {
+  return Array.from(people.keys()).sort((a, b) => (people.get(a) ?? 0) - (people.get(b) ?? 0));
+}
+
+type Command = { name: string; parameters: string; help: string };
+
+/** What begins with a slash. The server does all of it but /ignore and /quit. */
+const COMMANDS: readonly Command[] = [
+  { name: "/help", parameters: "", help: "what the server can do" },
+  { name: "/who", parameters: "", help: "who is here" },
+  { name: "/nick", parameters: "NAME", help: "be called NAME from now on" },
+  { name: "/msg", parameters: "NAME TEXT", help: "say TEXT to NAME and to nobody else" },
+  {
+    name: "/ignore",
+    parameters: "NAME",
+    help: "hide what NAME says; again to undo, alone to list",
+  },
+  { name: "/quit", parameters: "", help: "end the program" },
+];
 
 /** What Tab offers for the text before the cursor: whole replacements of it, the best first. */
-function complete(before: string, people: Iterable<string>): string[] {
-  const kept = before.replace(/\S*$/, "");
-  const commands = Object.keys(COMMANDS).map((usage) => usage.replace(/ .*/, " "));
-  const names = [...people].reverse().map((name) => kept + name + (kept ? " " : ": "));
-  const offers = before.startsWith("/") && !kept ? commands : names;
-  return offers.filter((offer) => offer.toLowerCase().startsWith(before.toLowerCase()));
+export function complete(before: string, people: Iterable<string>): string[] {
+  const word = /\S*$/.exec(before)?.[0] ?? "";
+  const kept = before.slice(0, before.length - word.length);
+  const isOffered = (offer: string) => offer.toLowerCase().startsWith(word.toLowerCase());
+  if (kept === "" && word.startsWith("/"))
+    return COMMANDS.map(({ name }) => `${name} `).filter(isOffered);
+
+  const at = word.startsWith("@") ? "@" : "";
+  const end = kept === "" && at === "" ? ": " : " ";
+  const names = Array.from(people, (name) => at + name).filter(isOffered);
+  names.reverse();
+  const exact = names.filter((name) => isSameName(name, word));
+  return [...new Set([...exact, ...names])].map((name) => kept + name + end);
 }
+
+// --- How a line is shown -----------------------------------------------------------------------
+
+// A terminal that knows no escape codes, or takes bytes for something else than UTF-8, gets plain
+// lines. In an 8-bit terminal half of a UTF-8 character may be a control.
+const LOCALE = process.env["LC_ALL"] || process.env["LC_CTYPE"] || process.env["LANG"] || "UTF-8";
+const IS_UTF8 = /utf-?8/i.test(LOCALE);
+const IS_PLAIN = process.env["TERM"] === "dumb" || !IS_UTF8;
+/** What a terminal may get. In an 8-bit locale half of a UTF-8 character may be a control. */
+function encode(text: string): string {
+  return IS_UTF8 ? text : text.replace(/[^\n\x07\x20-\x7e]/gu, "?");
+}
+
+const IS_COLOURED = stdout.isTTY && stdout.hasColors() && !IS_PLAIN;
 
 // Of the 256 colours those with a contrast of 4:1 or better on black and on white alike.
 const COLOURS = [28, 30, 31, 62, 64, 97, 99, 130, 131, 133, 161, 163];
-const COLOURED = stdout.isTTY && stdout.hasColors();
-const paint = (sgr: string, text: string) => (COLOURED ? `\x1b[${sgr}m${text}\x1b[0m` : text);
+const DIM = "2";
+const BOLD = "1";
+const PRIVATE = "1;35"; // bold and magenta
 
-/** An entry as its reader sees it: the time, who speaks, and a bell if it is meant for them. */
-function render({ from, to, did, text, crowd }: Crowd, reader: string, bell: string): string {
-  const time = paint("2", new Date().toTimeString().slice(0, 5)); // dim
-  const few = crowd.length > 3 ? [...crowd.slice(0, 2), `${crowd.length - 2} others`] : crowd;
-  const line = crowd[1] ? `* ${new Intl.ListFormat("en-GB").format(few)} have ${did}` : text;
-  const shown = line.length > MAX_SHOWN ? `${line.slice(0, MAX_SHOWN)}… (cut)` : line;
-  if (!from) return `${time} ${paint("2", shown)}\n`;
-  if (to) return `${time} ${paint("1;35", shown)}${from === reader ? "" : bell}\n`;
-  const [sender, said] = [shown.slice(0, from.length + 2), shown.slice(from.length + 2)];
-  const colour = `38;5;${COLOURS[Bun.hash.crc32(from.toLowerCase()) % COLOURS.length]}`;
-  const words = said.toLowerCase().split(/[^\p{L}\p{M}\p{N}]+/u);
-  if (!words.includes(reader.toLowerCase())) return `${time} ${paint(colour, sender)}${said}\n`;
-  return `${time} ${paint(`1;7;${colour}`, sender)}${paint("1", said)}${bell}\n`;
+/** Paints a text with a style (ECMA-48, SGR). */
+function paint(style: string, text: string): string {
+  return IS_COLOURED ? `\x1b[${style}m${text}\x1b[0m` : text;
 }
 
-// ---- The room: a stay in the chat, over as many connections as it takes.
-/** In ms: for a server to speak, before the first new try, and for a refusal to become one. */
-export const PACE = { silence: 10_000, retry: 1000, doubt: 500 };
-type Address = { host: string; port: number; tls: boolean | { ca: string } };
-type Line = { text: string; typed: boolean }; // typed is neither pasted nor piped
-type Screen = ReturnType<typeof terminal>;
+/** How somebody's words look: the sender in a steady colour, and all of it when they matter more. */
+type Style = { sender: string; text: string; rings: boolean };
+
+const NOTICE: Style = { sender: DIM, text: DIM, rings: false };
+const OWN: Style = { sender: DIM, text: "0", rings: false };
+
+function styleOf({ from, to, text }: Entry, reader: string): Style {
+  if (!from) return NOTICE;
+  const isOwn = isSameName(from, reader);
+  if (to) return { sender: PRIVATE, text: PRIVATE, rings: !isOwn };
+
+  const colour = `38;5;${COLOURS[Bun.hash.crc32(from.toLowerCase()) % COLOURS.length]}`;
+  const words = text.toLowerCase().slice(from.length + 2);
+  const isMention = words.split(/[^\p{L}\p{M}\p{N}\u200c\u200d]+/u).includes(reader.toLowerCase());
+  if (!isMention) return { sender: colour, text: "0", rings: false };
+  return { sender: `1;7;${colour}`, text: BOLD, rings: true };
+}
+
+function cut(text: string): string {
+  return text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}… (cut)` : text;
+}
+
+/** A line with its time, wrapped under the beginning of its text. */
+function layOut(sender: string, text: string, style: Style, columns: number): string {
+  const time = new Date().toTimeString().slice(0, 5);
+  const start = columnsOf(`${time} ${sender}`);
+  const indent = Math.min(start, columns >> 1);
+  const wrapped = wrapText(encode(cut(text)), Math.min(start, columns), indent, columns);
+  return `${paint(DIM, time)} ${paint(style.sender, sender)}${paint(style.text, wrapped)}\n`;
+}
+
+/** An entry as its reader sees it, with a bell if it is meant for them and they want one. */
+function layOutEntry(entry: Entry, reader: string, columns: number, bell: string): string {
+  const { text } = entry;
+  const style = styleOf(entry, reader);
+  const [sender = ""] = (entry.from ? /^\[[^\]]*\] / : /^\* /).exec(text) ?? [];
+  return layOut(sender, text.slice(sender.length), style, columns) + (style.rings ? bell : "");
+}
+
+/** A roster that takes more than two rows is counted, sorted and cut. */
+export function shortenRoster(entry: Entry, columns: number): string {
+  const room = 2 * columns - 20; // what the time, the indent and breaks between words leave
+  const names = namesIn(entry.roster ?? "");
+  if (names.length === 0 || columnsOf(entry.text) <= room) return entry.text;
+
+  const begin = `* ${names.length} people are here: `;
+  const end = (hidden: number) => ` and ${hidden} more (/who shows all)`;
+  let used = columnsOf(begin + end(names.length));
+  let shown = 0;
+  names.sort(new Intl.Collator().compare);
+  for (const name of names) {
+    used += columnsOf(name) + 2;
+    if (used > room) break;
+    shown++;
+  }
+  if (shown === names.length) return entry.text;
+  return begin + names.slice(0, shown).join(", ") + end(names.length - shown);
+}
+
+/** Neighbours that all joined, or all left, are one line. Only the first of them are kept. */
+type Crowd = { did: string; names: string[]; count: number; text: string };
+
+function entryOf({ did, names, count, text }: Crowd): Entry {
+  if (count === 1) return { text };
+  const shown = count > 3 ? [...names.slice(0, 2), `${count - 2} others`] : names;
+  return { text: `* ${new Intl.ListFormat("en-GB").format(shown)} have ${did}` };
+}
+
+// --- The connection ----------------------------------------------------------------------------
+
+type Connection = Bun.Socket<undefined>;
+
+/** Where the connection is. Each state holds just what exists while it lasts. */
+type State =
+  | { at: "offline" }
+  | { at: "connecting" | "retrying"; timer: Timer }
+  // Waiting for the greeting, or for the answer to our name. What was heard so far is a refusal if
+  // the connection ends now.
+  | { at: "greeting" | "entering"; socket: Connection; timer: Timer; heard: string[] }
+  // Greeted, with no name given yet; or in the room.
+  | { at: "lobby" | "joined"; socket: Connection }
+  | { at: "leaving"; socket: Connection; timer: Timer; left: PromiseWithResolvers<Farewell> };
+
+/** What the person wants, which decides what the end of a connection means. */
+type Goal = "enter" | "stay";
+
+/** What comes of leaving: lines that were not sent, and whether all others have arrived. */
+type Farewell = { unsent: number; isComplete: boolean };
+
 type Room = ReturnType<typeof receiveMessages>;
-const PROBLEMS: [code: RegExp, remedy: string][] = [
-  [/ECONNREFUSED/, "Is the server running?"],
-  [/ENOTFOUND/, "There is no such host."],
-  [/EPROTO/, "It does not speak TLS: leave --tls away."],
-  [/DEPTH_ZERO/, "Its certificate is self-signed: get a copy from its owner, for --ca FILE."],
-  [/EXPIRED/, "Its certificate has expired: its owner must renew it."],
-  [/ALTNAME/, "Its certificate is for a wrong host: give --host the name it was made for."],
-  [/ISSUER|LEAF|CHAIN/, "Its certificate is of an unknown authority: get theirs, for --ca FILE."],
+
+const OUR_GREETING = /^Welcome to (?:the chat|bun-chat)! What is your name\?$/;
+const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
+const LOST = "Connection lost.";
+const RECENT = 10_000; // ms; older lines are taken to have arrived
+
+const PROBLEMS: readonly { code: RegExp; advice: string }[] = [
+  { code: /ECONNREFUSED/, advice: "Is the server running?" },
+  { code: /ENOTFOUND/, advice: "There is no such host." },
+  { code: /UNREACH|ADDRNOTAVAIL/, advice: "The network does not reach that host." },
+  { code: /EPROTO/, advice: "It does not speak TLS: leave out --tls." },
+  {
+    code: /DEPTH_ZERO/,
+    advice: "Its certificate is self-signed: get a copy from its owner, for --ca FILE.",
+  },
+  { code: /EXPIRED/, advice: "Its certificate has expired: its owner must renew it." },
+  {
+    code: /NOT_YET_VALID/,
+    advice: "Its certificate is not valid yet: is the clock of this machine right?",
+  },
+  {
+    code: /ALTNAME/,
+    advice: "Its certificate is for a wrong host: give --host the name it was made for.",
+  },
+  {
+    code: /ISSUER|LEAF|CHAIN/,
+    advice: "Its certificate is from an unknown authority: get theirs, for --ca FILE.",
+  },
 ];
 
-/**
- * Gets into the room and shows on `screen` what comes from there. When the connection is lost after
- * the name was accepted, makes it anew under the same name, until you leave.
- */
-export function receiveMessages({ host, port, tls }: Address, screen: Screen, pace = PACE) {
-  type Stage = "closed" | "connecting" | "greeting" | "greeted" | "asked" | "joined";
-  let stage: Stage = "closed";
-  let socket: Bun.Socket<undefined> | undefined;
-  let timer: Timer | undefined; // for the one thing waited for: words, or the next try
-  let split = splitLines(MAX_LINE);
-  let [name, tries] = ["", 0];
-  let unclear: { words: string; accept(): void } | undefined; // words that may be a refusal
-  let outcome = Promise.withResolvers<string>(); // of join and leave
-  let [member, leaving] = [false, false]; // a member's name was accepted once
-  const queue: Uint8Array[] = [];
-  let taken = 0; // bytes of queue[0] that the kernel has
-  let flushed = () => {};
-  const unreachable = `Could not connect to ${host}:${port}.`;
-  const handlers: Bun.SocketHandler<undefined> = {
-    open(opened) {
-      if (stage !== "connecting") return void opened.end(); // too late
-      socket = opened;
-      expect("greeting");
+/** As a person would type it, with brackets around an IPv6 address (RFC 3986, section 3.2.2). */
+function formatEndpoint(host: string, port: number): string {
+  return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+/** Lines that wait to be sent, and what is known of those that were. */
+function createOutbox() {
+  const lines: Uint8Array[] = [];
+  let taken = 0; // bytes of the first of them that the kernel has
+  let flushed = Promise.withResolvers<void>();
+  let sent = 0; // lines, on this connection
+  let lastSent = -Infinity; // ms
+
+  return {
+    get unsent() {
+      return lines.length;
     },
-    data: (from, chunk) => void (from === socket && show(split(chunk).map(classify).filter(heard))),
-    drain: () => flush(),
-    close: (from) => void (from === socket && end(unclear?.words ?? "Connection lost.", true)),
-    handshake: (from, _, error) => void (error && from === socket && fail(error)),
-    connectError: (_, error) => void (stage === "connecting" && fail(error)),
+    get sent() {
+      return sent;
+    },
+    get lastSent() {
+      return lastSent;
+    },
+
+    /** Adds a line. Resolves when nothing waits any more. */
+    add(text: string): Promise<void> {
+      if (lines.length === 0) flushed = Promise.withResolvers();
+      lines.push(Buffer.from(`${text}\n`));
+      return flushed.promise;
+    },
+
+    /** Writes what waits, as far as the kernel takes it. @returns whether all is sent */
+    writeTo(socket: Connection): boolean {
+      let [line] = lines;
+      while (line) {
+        taken += Math.max(0, socket.write(line.subarray(taken)));
+        if (taken < line.length) return false;
+        lines.shift();
+        taken = 0;
+        sent++;
+        lastSent = performance.now();
+        [line] = lines;
+      }
+      flushed.resolve();
+      return true;
+    },
+
+    /** For a new connection. A line that was cut in two is sent again: half of it was never one. */
+    startOver(): void {
+      taken = 0;
+      sent = 0;
+    },
+
+    clear(): void {
+      lines.length = 0;
+    },
   };
-  function fail({ code = "", message }: NodeJS.ErrnoException) {
-    const remedy = PROBLEMS.find(([problem]) => problem.test(code))?.[1];
-    end(`${unreachable} ${remedy ?? message}`);
+}
+
+/**
+ * Gets into a room and shows on `screen` what comes from there. When the connection is lost in the
+ * room, makes it anew under the same name, until you leave.
+ */
+export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
+  const unreachable = `Could not connect to ${formatEndpoint(host, port)}.`;
+  let state: State = { at: "offline" };
+  let goal: Goal = "enter";
+  let name = "";
+  let tries = 0; // to get back
+  let split = splitLines(MAX_LINE);
+  let entered = Promise.withResolvers<{ refused?: string }>();
+
+  const outbox = createOutbox();
+  let lastHeard = -Infinity; // ms
+  let isComplete = true; // false once a connection on which lines were sent is lost
+
+  const handlers: Bun.SocketHandler<undefined> = {
+    open: handleOpen,
+    data: handleData,
+    drain: flush,
+    close: handleClose,
+    handshake(socket, _, error) {
+      if (error && isCurrent(socket)) handleError(error);
+    },
+  };
+
+  function change(next: State): void {
+    if ("timer" in state) clearTimeout(state.timer);
+    state = next;
   }
-  function after(ms: number, act: () => void) {
-    clearTimeout(timer);
-    timer = setTimeout(act, ms);
+
+  function isCurrent(socket: Connection): boolean {
+    return "socket" in state && state.socket === socket;
   }
-  function expect(next: Stage) {
-    stage = next;
-    after(pace.silence, () => end(`${unreachable} It says nothing.${tls ? "" : " Try --tls."}`));
-  }
-  function connect() {
+
+  function connect(): void {
     split = splitLines(MAX_LINE);
-    taken = 0; // a line of which the last connection took a part is sent again whole
-    expect("connecting");
-    Bun.connect({ hostname: host, port, tls, socket: handlers }).catch(() => {}); // connectError
+    outbox.startOver();
+    const timer = setTimeout(failSilent, PACE.silence);
+    change({ at: "connecting", timer });
+    Bun.connect({ hostname: host, port, tls, socket: handlers }).catch((error) => {
+      const isLate = !("timer" in state) || state.timer !== timer;
+      if (!isLate) handleError(error);
+    });
   }
-  function heard(entry: Entry): boolean {
-    unclear?.accept();
-    if (entry.renamed && entry.who === name) name = entry.renamed;
-    if (stage === "greeting") unlessRefused(entry, entry.text.startsWith("*"), introduce);
-    else if (stage === "asked") unlessRefused(entry, entry.roster === undefined, joined);
-    else return stage === "joined";
-    return false;
+
+  function handleOpen(socket: Connection): void {
+    if (state.at === "connecting") waitFor("greeting", socket);
+    else socket.end(); // too late, or a second one: a host may have several addresses
   }
-  // A refusal may look like any greeting and any roster: only the end of the connection tells.
-  function unlessRefused(entry: Entry, doubtful: boolean, act: (entry: Entry) => void) {
-    const accept = () => {
-      unclear = undefined;
-      clearTimeout(timer);
-      act(entry);
-    };
-    unclear = { words: entry.text, accept };
-    if (doubtful) after(pace.doubt, accept);
-    else accept();
+
+  function waitFor(at: "greeting" | "entering", socket: Connection): void {
+    change({ at, socket, timer: setTimeout(failSilent, PACE.silence), heard: [] });
   }
-  function introduce() {
-    stage = "greeted";
-    if (!name) return outcome.resolve("");
-    expect("asked");
+
+  function handleData(socket: Connection, chunk: Uint8Array): void {
+    if (!isCurrent(socket)) return;
+    lastHeard = performance.now();
+    const lines = split(chunk);
+
+    if (state.at === "leaving") state.timer.refresh();
+    if (state.at === "greeting") hearGreeting(lines);
+    else if (state.at === "entering") hearAnswer(lines);
+    else if (state.at !== "lobby") showLines(lines);
+  }
+
+  function hearGreeting(lines: string[]): void {
+    if (state.at !== "greeting") return;
+    const heard = [...state.heard, ...lines].slice(0, 2);
+    const [first] = heard;
+
+    if (first === undefined) {
+      change({ ...state, timer: setTimeout(hearRest, PACE.moment) }); // some greet without a newline
+    } else if (first.startsWith("*") && heard.length === 1) {
+      change({ ...state, heard, timer: setTimeout(enterLobby, PACE.doubt, first) });
+    } else {
+      enterLobby(first);
+    }
+  }
+
+  function hearRest(): void {
+    const lines = split();
+    if (lines.length > 0) hearGreeting(lines);
+    else failSilent();
+  }
+
+  function enterLobby(greeting: string): void {
+    if (state.at !== "greeting") return;
+    const { socket } = state;
+    const isUnfamiliar = goal === "enter" && !OUR_GREETING.test(greeting);
+    if (isUnfamiliar && screen.isPerson) screen.notice(greeting);
+    change({ at: "lobby", socket });
+    if (name) introduce(socket);
+    else entered.resolve({});
+  }
+
+  function introduce(socket: Connection): void {
+    waitFor("entering", socket);
+    split = splitLines(MAX_LINE); // without the rest of a greeting that has no newline
     const bytes = Buffer.from(`${name}\n`);
-    if (socket?.write(bytes) !== bytes.length) end("Connection lost.");
+    if (socket.write(bytes) !== bytes.length) fail(LOST);
   }
-  function joined({ text, roster = /:(.*)/.exec(text)?.[1] ?? "" }: Entry) {
-    [stage, member, tries] = ["joined", true, 0];
-    show([{ text, roster }]);
-    outcome.resolve("");
+
+  /** A line of a known form proves that we are in. Any other may be a refusal: then the end follows. */
+  function hearAnswer(lines: string[]): void {
+    if (state.at !== "entering" || lines.length === 0) return;
+    const heard = [...state.heard, ...lines];
+    if (heard.some((line) => FORM.test(line)) || heard.length > MAX_ANSWER) enterRoom(heard);
+    else change({ ...state, heard, timer: setTimeout(enterRoom, PACE.doubt, heard) });
+  }
+
+  function enterRoom([answer = "", ...others]: string[]): void {
+    if (state.at !== "entering") return;
+    change({ at: "joined", socket: state.socket });
+    goal = "stay";
+    tries = 0;
+
+    const entry = classify(answer);
+    const roster = entry.roster ?? /^\*[^:]*:(.*)/.exec(answer)?.[1]; // in whatever words
+    if (roster === undefined || entry.from) {
+      showLines([answer, ...others]);
+    } else {
+      screen.showRoster({ text: answer, roster });
+      showLines(others);
+    }
+    entered.resolve({});
     flush();
   }
-  function show(entries: Entry[]) {
-    if (entries.length === 0 || screen.show(entries, name)) return;
-    socket?.pause();
-    stdout.once("drain", () => socket?.resume());
+
+  function showLines(lines: string[]): void {
+    const entries = lines.map(classify);
+    for (const { who, renamed } of entries) if (renamed && who === name) name = copyOf(renamed);
+    if (screen.show(entries, name) || !("socket" in state)) return;
+
+    const { socket } = state;
+    socket.pause();
+    screen.whenTaken(() => socket.resume());
   }
-  function flush() {
-    if (stage !== "joined" || !socket) return;
-    while (queue[0]) {
-      taken += Math.max(0, socket.write(queue[0].subarray(taken)));
-      if (taken < queue[0].length) return;
-      taken = 0;
-      queue.shift();
+
+  /** Sends what waits, and then our FIN when leaving. */
+  function flush(): void {
+    if (state.at !== "joined" && state.at !== "leaving") return;
+    const isSent = outbox.writeTo(state.socket);
+    if (isSent && state.at === "leaving") state.socket.shutdown();
+  }
+
+  function handleClose(socket: Connection, error?: Error): void {
+    if (!isCurrent(socket)) return;
+    const before = state;
+    const lastWords = split(); // without a newline
+    const allWords = "heard" in before ? cut(before.heard.concat(lastWords).join(" ")) : "";
+
+    switch (before.at) {
+      case "greeting":
+        fail(allWords || `${unreachable} It closed the connection.`);
+        break;
+      case "entering":
+        refuse(allWords || NO_REASON);
+        break;
+      case "joined": {
+        showLines(lastWords);
+        if (outbox.sent > 0 && !screen.isPerson) isComplete = false; // a person is told at once
+        const isDoubtful = outbox.sent > 0 && outbox.lastSent > lastHeard - RECENT;
+        fail(isDoubtful ? `${LOST} What you said last may not have arrived.` : LOST);
+        break;
+      }
+      case "leaving":
+        showLines(lastWords);
+        finishLeaving(error === undefined);
+        break;
+      default:
+        change({ at: "offline" });
     }
-    flushed();
-    if (leaving) socket.shutdown();
   }
-  function end(reason: string, refused = false) {
-    const [before, old] = [stage, socket];
-    clearTimeout(timer);
-    [stage, socket, unclear] = ["closed", undefined, undefined];
-    old?.end();
-    if (leaving) {
-      const lost = queue.splice(0).length;
-      member = leaving = false;
-      if (lost) screen.notice(`${lost} ${lost === 1 ? "line was" : "lines were"} not sent.`);
-      else if (before === "joined" && !refused) screen.notice("The last lines may be lost.");
-      outcome.resolve(lost ? "lost" : "");
-    } else if (member) {
-      // A name refused now was ours a moment ago: the server has not noticed yet that we are gone.
-      const seconds = Math.min(30, 2 ** tries++) * (0.8 + Math.random() * 0.4);
-      screen.notice(`${reason} Trying again in ${Math.round(seconds)} s.`);
-      after(seconds * pace.retry, connect);
-    } else if (before === "asked" && refused) outcome.resolve(reason);
-    else if (before !== "greeted") outcome.reject(new Error(reason));
+
+  function refuse(refused: string): void {
+    // A name that is refused now was ours a moment ago: the server has not noticed that we were gone.
+    if (goal === "stay") {
+      fail(refused);
+      return;
+    }
+    change({ at: "offline" });
+    entered.resolve({ refused });
   }
+
+  function handleError({ code = "", message }: NodeJS.ErrnoException): void {
+    const problem = PROBLEMS.find((problem) => problem.code.test(code));
+    fail(`${unreachable} ${problem?.advice ?? message}`);
+  }
+
+  function failSilent(): void {
+    const lines = state.at === "entering" ? split() : [];
+    if (lines.length > 0) hearAnswer(lines);
+    else fail(`${unreachable} It says nothing.${tls ? "" : " Try --tls."}`);
+  }
+
+  function fail(reason: string): void {
+    hangUp();
+    if (goal === "enter") {
+      entered.reject(new Error(reason));
+      return;
+    }
+    const seconds = Math.min(30, 2 ** tries) * (0.8 + Math.random() * 0.4);
+    tries++;
+    screen.notice(`${reason} Trying again in ${Math.round(seconds)} s.`);
+    change({ at: "retrying", timer: setTimeout(connect, seconds * PACE.retry) });
+  }
+
+  function hangUp(): void {
+    const socket = "socket" in state ? state.socket : undefined;
+    change({ at: "offline" });
+    socket?.end();
+  }
+
+  /** All lines have arrived only if the server closes in good order after our FIN. */
+  function finishLeaving(isOrderly: boolean): Farewell {
+    const before = state;
+    hangUp();
+    const { unsent, sent } = outbox;
+    const farewell = { unsent, isComplete: isComplete && (isOrderly || sent === 0) };
+    outbox.clear();
+    outbox.startOver();
+    isComplete = true;
+    if (before.at === "leaving") before.left.resolve(farewell);
+    return farewell;
+  }
+
   return {
-    /** Enters under a name, or only connects. Resolves with the words of a refusal, else "". */
-    join(wanted = ""): Promise<string> {
+    /**
+     * Enters under a name, or only connects. Resolves with the words of a refusal if there is one.
+     * @throws when there is no connection to be had; the message is for the user
+     */
+    join(wanted = ""): Promise<{ refused?: string }> {
       name = wanted.normalize("NFKC");
-      outcome = Promise.withResolvers();
-      if (stage === "greeted") introduce();
+      goal = "enter";
+      entered = Promise.withResolvers();
+      if (state.at === "lobby") introduce(state.socket);
       else connect();
-      return outcome.promise;
+      return entered.promise;
     },
+
     /** Sends a line as soon as possible. Resolves when nothing waits to be sent any more. */
     send(text: string): Promise<void> {
-      const sent = new Promise<void>((resolve) => (flushed = resolve));
-      queue.push(Buffer.from(`${text}\n`));
+      const sent = outbox.add(text);
       flush();
       return sent;
     },
+
     /** Sends what waits, half-closes, reads until the server closes. Called again, waits no more. */
-    leave(): Promise<string> {
-      const last = leaving || stage === "closed" || (stage !== "joined" && queue.length === 0);
-      if (!leaving) outcome = Promise.withResolvers();
-      leaving = true;
-      if (last) end("");
-      else if (stage === "joined") after(2000, () => screen.person && screen.notice(PATIENCE));
+    leave(): Promise<Farewell> {
+      if (state.at !== "joined") return Promise.resolve(finishLeaving(false));
+
+      const silence = PACE.lastWords + (outbox.sent + outbox.unsent) * PACE.perLine;
+      const timer = setTimeout(finishLeaving, silence, false);
+      const left = Promise.withResolvers<Farewell>();
+      change({ at: "leaving", socket: state.socket, timer, left });
       flush();
-      return outcome.promise;
+      return left.promise;
     },
   };
 }
 
-// ---- The screen: a terminal or a pipe.
-/** A person's terminal: the line being typed and, above it, all that happens. */
-function terminal(bell: string) {
-  const people = new Set<string>();
-  const ahead: Line[] = []; // entered but not yet asked for
-  let wake = () => {};
-  const entries: Crowd[] = []; // not yet shown
-  let [reader, offers]: [string, string[]] = ["", []];
-  let timer: Timer | undefined;
-  let [pasting, verbatim] = [false, false]; // verbatim: a line begun in a paste is never a command
-  function completer(before: string): [string[], string] {
-    const at = offers.indexOf(before);
-    if (at === -1) offers = complete(before, people.difference(new Set([reader])));
-    const offer = offers[(at + 1) % offers.length] ?? before;
-    return [offer === before ? [] : [offer], before];
+// --- The editor --------------------------------------------------------------------------------
+
+/** A line that was entered. One whose beginning was pasted is never a command. */
+type Line = { text: string; from: "keyboard" | "paste" | "pipe" };
+
+/** A line that is not entered yet. */
+type Draft = { text: string; isPasted: boolean };
+
+/** What a terminal sends for a key, as node:readline tells. */
+type Key = { name?: string; ctrl?: boolean; meta?: boolean; shift?: boolean; sequence?: string };
+
+/** The line that is being typed, edited with the keys of readline(3), a grapheme cluster at a time. */
+export function createEditor(offer: (before: string) => string[]) {
+  let text = "";
+  let cursor = 0;
+  let isPasted = false; // its beginning was
+  let killed: Draft = { text: "", isPasted: false }; // what Ctrl+Y brings back
+  let completion: { offers: string[]; chosen: number; after: string } | null = null;
+
+  const history: Draft[] = [];
+  let place = 0; // in the history, or behind it
+  let draft: Draft = { text: "", isPasted: false }; // what stands behind the history
+
+  function edit(before: string, after: string): void {
+    text = before + after;
+    cursor = before.length;
+    if (text === "") isPasted = false;
   }
-  const options = { input: stdin, output: stdout, prompt: "", historySize: 1000, completer };
-  const rl = createInterface(options) as Interface & { prevRows: number; closed: boolean };
-  // While completion is off readline merely echoes: a long paste is quick, then `print` redraws.
-  Object.defineProperty(rl, "isCompletionEnabled", { get: () => !pasting, set() {} });
-  function raw(on: boolean) {
-    stdin.setRawMode(on);
-    try {
-      writeSync(stdout.fd, `\x1b[?2004${on ? "h" : "l"}`); // bracketed paste
-    } catch {} // the terminal is gone
+
+  function insert(typed: string, pasted: boolean): void {
+    completion = null;
+    if (cursor === 0) isPasted = pasted;
+    edit(textBefore() + typed, textAfter());
   }
-  function print(text: string): boolean {
-    if (rl.closed) return stdout.write(text);
-    const { rows } = rl.getCursorPos();
-    const more = stdout.write(` ${rows ? `\x1b[${rows}A` : ""}\r\x1b[J${text}`);
-    rl.prevRows = 0;
-    rl.prompt(true);
-    return more;
+
+  const textBefore = () => text.slice(0, cursor);
+  const textAfter = () => text.slice(cursor);
+
+  const left = () => cursor - (graphemes(textBefore()).at(-1)?.length ?? 0);
+  const right = () => cursor + (graphemes(textAfter())[0]?.length ?? 0);
+  const wordLeft = () => textBefore().search(/\S*\s*$/);
+  const wordRight = () => cursor + (/^\s*\S*/.exec(textAfter())?.[0].length ?? 0);
+
+  function moveTo(next: number): void {
+    cursor = next;
   }
-  function flush(): boolean {
-    clearTimeout(timer);
-    timer = undefined;
-    const lines = entries.splice(0).map((entry) => render(entry, reader, bell));
-    return print(lines.join(""));
+
+  /** Takes out what stands between the cursor and another place. */
+  function erase(to: number): string {
+    const begin = Math.min(cursor, to);
+    const end = Math.max(cursor, to);
+    const erased = text.slice(begin, end);
+    edit(text.slice(0, begin), text.slice(end));
+    return erased;
   }
-  const resume = () => [raw(true), print("")];
-  rl.on("line", (text) => {
-    ahead.push({ text: verbatim && text.startsWith("/") ? `/${text}` : text, typed: !pasting });
-    verbatim = pasting;
-    if (rl.getPrompt() === SAY) rl.prompt();
-    wake();
-  });
-  rl.on("history", (history) => rl.getPrompt() === SAY || history.shift());
-  rl.on("close", () => [stdout.write("\r\x1b[J"), wake()]);
-  rl.once("error", () => rl.close()).on("error", () => {}); // a dead terminal fails at each step
-  rl.on("SIGINT", () => process.emit("SIGINT", "SIGINT"));
-  rl.on("SIGTSTP", () => {
-    stdout.write("\n");
-    raw(false);
-    process.kill(0, "SIGTSTP");
-    setTimeout(() => stdin.isRaw || resume(), 100); // where no shell is, nothing stops or continues
-  });
-  process.on("SIGCONT", resume);
-  process.on("exit", () => raw(false));
-  stdin
-    .on("error", () => {})
-    .on("keypress", (_, { name }: { name?: string }) => {
-      if (name === "paste-start") [pasting, verbatim] = [true, rl.line === ""];
-      if (name === "paste-end") [pasting, verbatim] = [false, false, print("")];
-    });
-  stdout.prependListener("resize", () => (rl.prevRows = rl.getCursorPos().rows)); // text reflows
-  raw(true);
+
+  function kill(to: number): void {
+    const isBeginning = Math.min(cursor, to) === 0;
+    const wasPasted = isPasted && isBeginning;
+    const erased = erase(to);
+    if (erased) killed = { text: erased, isPasted: wasPasted };
+  }
+
+  function recall(next: number): void {
+    if (next < 0 || next > history.length || next === place) return;
+    if (place === history.length) draft = { text, isPasted };
+    place = next;
+    const line = history[place] ?? draft;
+    isPasted = line.isPasted;
+    edit(line.text, "");
+  }
+
+  function choose(step: 1 | -1): void {
+    completion ??= { offers: offer(textBefore()), chosen: step === 1 ? -1 : 0, after: textAfter() };
+    const { offers } = completion;
+    if (offers.length === 0) return;
+    completion.chosen = (completion.chosen + step + offers.length) % offers.length;
+    edit(offers[completion.chosen] ?? "", completion.after);
+  }
+
+  const keys: Record<string, () => void> = {
+    left: () => moveTo(left()),
+    right: () => moveTo(right()),
+    home: () => moveTo(0),
+    end: () => moveTo(text.length),
+    "alt+b": () => moveTo(wordLeft()),
+    "alt+f": () => moveTo(wordRight()),
+    backspace: () => erase(left()),
+    delete: () => erase(right()),
+    "ctrl+w": () => kill(wordLeft()),
+    "alt+d": () => kill(wordRight()),
+    "ctrl+u": () => kill(0),
+    "ctrl+k": () => kill(text.length),
+    "ctrl+y": () => insert(killed.text, killed.isPasted),
+    up: () => recall(place - 1),
+    down: () => recall(place + 1),
+    tab: () => choose(1),
+    "shift+tab": () => choose(-1),
+  };
+
+  const otherKeys: Record<string, string> = {
+    "ctrl+b": "left",
+    "ctrl+f": "right",
+    "ctrl+a": "home",
+    "ctrl+e": "end",
+    "ctrl+left": "alt+b",
+    "alt+left": "alt+b",
+    "ctrl+right": "alt+f",
+    "alt+right": "alt+f",
+    "ctrl+d": "delete",
+    "alt+backspace": "ctrl+w",
+    "alt+delete": "alt+d",
+    "ctrl+p": "up",
+    "ctrl+n": "down",
+  };
+
   return {
-    person: true,
-    /** Resolves with the next line entered, or undefined at the end of input. */
-    async ask(question: string): Promise<Line | undefined> {
-      rl.setPrompt(question);
-      if (!rl.closed) rl.prompt(true);
-      while (!ahead[0] && !rl.closed) await new Promise<void>((resolve) => (wake = resolve));
-      if (question !== SAY) rl.setPrompt(""); // it is answered
-      return ahead.shift();
+    get text() {
+      return text;
     },
-    /** Shows what the room said; false if no more should come before stdout drains. */
-    show(more: Entry[], name: string): boolean {
-      reader = name;
-      for (const entry of more) {
-        remember(people, entry);
-        const { who = "", did } = entry;
-        const last = entries.at(-1);
-        if (did && did === last?.did) last.crowd.push(who);
-        else entries.push({ ...entry, crowd: [who] });
-      }
-      if (!entries.every(({ did }) => did)) return flush();
-      timer ??= setTimeout(flush, 200); // ms, for others to share the line
-      return true;
+
+    /** UTF-16 code units before the cursor. */
+    get cursor() {
+      return cursor;
     },
-    /** Shows what the client itself has to say. */
-    notice: (text: string): void => void (flush(), print(`${text}\n`)),
-    close() {
-      rl.setPrompt("");
-      wake = () => {};
-      flush();
-      rl.close();
+
+    insert,
+
+    /** Does what a key is for, such as `ctrl+a`, if it is for anything. */
+    press(key: string): void {
+      const act = keys[otherKeys[key] ?? key];
+      if (!key.endsWith("tab")) completion = null;
+      act?.();
+    },
+
+    /** Takes the line away, and begins a new one. */
+    enter(isRemembered: boolean): Draft {
+      const line = { text, isPasted };
+      if (isRemembered && text.trim() && text !== history.at(-1)?.text) history.push(line);
+      if (history.length > MAX_HISTORY) history.shift();
+      place = history.length;
+      completion = null;
+      edit("", "");
+      return line;
     },
   };
+}
+
+// --- The display -------------------------------------------------------------------------------
+// Lines go up the terminal and stay. Below them stands the input: a line of status if there is one,
+// and what is being typed, which is taken away and drawn again around whatever else is shown.
+
+/** What stands at the bottom. */
+type Input = { status: string; prompt: string; text: string; cursor: number };
+
+type Display = {
+  /** Shows lines, each with its newline, above the input. */
+  print(lines: string): void;
+  draw(input: Input): void;
+  /** Somebody else has written to the terminal: what was drawn is not where it was. */
+  reset(): void;
+};
+
+/**
+ * Writes to a file descriptor, and knows how much of it waits to be taken. Unlike process.stdout, it
+ * never blocks, even when nobody reads the terminal (Ctrl+S, a hung window).
+ */
+function createOutput(fd: number) {
+  const isTerminal = isatty(fd);
+  let waiting = "";
+  let isWriting = false;
+  let callbacks: (() => void)[] = [];
+
+  function writeNext(): void {
+    isWriting = waiting !== "";
+    if (isWriting) {
+      const bytes = Buffer.from(waiting);
+      waiting = "";
+      writeBytes(bytes);
+      return;
+    }
+
+    const due = callbacks;
+    callbacks = [];
+    for (const callback of due) callback();
+  }
+
+  function writeBytes(bytes: Uint8Array): void {
+    write(fd, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") setTimeout(writeBytes, 10, bytes);
+      else if (error) handleError(error);
+      else if (written < bytes.length) writeBytes(bytes.subarray(written));
+      else writeNext();
+    });
+  }
+
+  function handleError({ code, message }: NodeJS.ErrnoException): void {
+    const isGone = code === "EPIPE" || code === "EIO"; // nobody reads any more
+    if (!isGone && fd === stdout.fd) writeSync(process.stderr.fd, `${message}\n`);
+    process.exit(1);
+  }
+
+  return {
+    write(text: string): void {
+      waiting += isTerminal ? encode(text) : text;
+      if (!isWriting) writeNext();
+    },
+
+    isFull: () => waiting.length > MAX_OUTPUT,
+    isEmpty: () => !isWriting,
+
+    /** Calls back when all has been taken. */
+    whenTaken(callback: () => void): void {
+      callbacks.push(callback);
+      if (!isWriting) writeNext();
+    },
+  };
+}
+
+let life: "running" | "suspended" | "ending" = "running";
+
+const output = createOutput(stdout.fd);
+const errors = createOutput(process.stderr.fd);
+
+const size = () => ({ columns: stdout.columns || 80, rows: stdout.rows || 24 });
+
+type Rows = { rows: string[]; row: number; before: string }; // the cursor is behind `before` of `row`
+
+/** Cuts a text into rows, and finds the row of the cursor and what stands before it there. */
+export function cutRows(text: string, cursor: number, columns: number): Rows {
+  const rows: string[] = [];
+  let row = "";
+  let width = 0;
+  let length = 0;
+  let place: { row: number; before: string } | null = null;
+
+  for (const grapheme of graphemes(text)) {
+    const columnsTaken = Bun.stringWidth(grapheme);
+    if (width + columnsTaken > columns) {
+      rows.push(row);
+      row = "";
+      width = 0;
+    }
+    if (length >= cursor) place ??= { row: rows.length, before: row };
+    row += grapheme;
+    width += columnsTaken;
+    length += grapheme.length;
+  }
+
+  if (width >= columns && !place) {
+    rows.push(row); // the cursor does not fit behind it
+    row = "";
+  }
+  rows.push(row);
+  return { rows, ...(place ?? { row: rows.length - 1, before: row }) };
+}
+
+/** A display that redraws the input in place (ECMA-48; DEC private modes 7 and 2004). */
+function createDisplay(): Display {
+  const NOTHING = { rows: [""], row: 0, before: "" };
+  let drawn: Rows = NOTHING;
+  let input: Input = { status: "", prompt: "", text: "", cursor: 0 };
+
+  /** Goes to the beginning of the input and clears all below. A narrower window has cut its rows. */
+  function erase(): string {
+    const { columns } = size();
+    const { rows, row, before } = drawn;
+    let up = Math.floor(Bun.stringWidth(before) / columns);
+    for (const above of rows.slice(0, row))
+      up += Math.max(1, Math.ceil(Bun.stringWidth(above) / columns));
+
+    // Not from the first column: tmux would push a whole window that is cleared into its scrollback.
+    return `${up > 0 ? `\x1b[${up}A` : ""}\r\x1b[K\x1b[C\x1b[J\r`;
+  }
+
+  /** The rows of the input, but no more than the window has: those around the cursor. */
+  function cutInput(): Rows {
+    const { columns, rows: height } = size();
+    const { status, prompt, text, cursor } = input;
+    const shown = (prompt + text).replaceAll("\t", " ");
+    const { rows, row, before } = cutRows(shown, prompt.length + cursor, columns);
+    const top = status ? [graphemes(status).slice(0, columns).join("")] : [];
+    const space = Math.max(1, height - 1 - top.length);
+    const first = Math.max(0, row - space + 1);
+    return {
+      rows: [...top, ...rows.slice(first, first + space)],
+      row: row - first + top.length,
+      before,
+    };
+  }
+
+  /** Without wrapping, so that a row stays one, however wide the terminal takes a character to be. */
+  function redraw(): string {
+    drawn = cutInput();
+    const up = drawn.rows.length - 1 - drawn.row;
+    const back = `${up > 0 ? `\x1b[${up}A` : ""}\r${drawn.before}`;
+    return `\x1b[?7l${drawn.rows.join("\r\n")}${back}\x1b[?7h`;
+  }
+
+  return {
+    print: (lines) => output.write(erase() + lines + redraw()),
+    draw(next) {
+      input = next;
+      output.write(erase() + redraw());
+    },
+    reset: () => (drawn = NOTHING),
+  };
+}
+
+/** A display for a terminal without escape codes: what is typed is written again below the lines. */
+function createPlainDisplay(): Display {
+  let drawn = "";
+
+  return {
+    print(lines) {
+      output.write(`${drawn && "\n"}${lines}${drawn}`);
+    },
+    draw({ prompt, text }) {
+      const next = prompt + text;
+      if (next === drawn) return;
+      if (next.startsWith(drawn)) output.write(next.slice(drawn.length));
+      else output.write(`\n${next}`);
+      drawn = next;
+    },
+    reset: () => (drawn = ""),
+  };
+}
+
+// --- The screens -------------------------------------------------------------------------------
+
+/** Where the conversation takes place: a person's terminal, or a pipe. */
+type Screen = {
+  isPerson: boolean;
+  /** Resolves with the next line entered, or undefined at the end of input. */
+  ask(question: string): Promise<Line | undefined>;
+  /** Shows what the room says. @returns false if no more should come until `whenTaken` calls back */
+  show(entries: Entry[], reader: string): boolean;
+  whenTaken(callback: () => void): void;
+  /** Shows who is here, to a newcomer. */
+  showRoster(entry: Entry): void;
+  /** Shows a line that goes to the room now. */
+  showOwn(text: string): void;
+  /** Shows what the client itself has to say. */
+  notice(text: string): void;
+  /** Shows a text as it is. */
+  print(text: string): void;
+  /** Hides somebody's lines, or shows them again; without a name says whose are hidden. */
+  ignore(name: string): void;
+  close(): void;
+};
+
+const SAY = "You: ";
+const CTRL_C = 3;
+const NO_INPUT: Input = { status: "", prompt: "", text: "", cursor: 0 };
+
+/** A person's terminal: the line being typed and, above it, all that happens. */
+function openTerminal(bell: string): Screen {
+  const display = IS_PLAIN ? createPlainDisplay() : createDisplay();
+  const view = createView(display, bell);
+  const keyboard = createKeyboard(display, view);
+
+  return {
+    ...view,
+    isPerson: true,
+    ask: keyboard.ask,
+    whenTaken: output.whenTaken,
+    close() {
+      keyboard.close();
+      view.print("");
+      display.draw(NO_INPUT);
+    },
+  };
+}
+
+type View = ReturnType<typeof createView>;
+
+/** What is shown above the input. It knows who is here, and whom the person does not want to hear. */
+function createView(display: Display, bell: string) {
+  const people: People = new Map();
+  const ignored = new Set<string>();
+  let reader = "";
+  let crowd: Crowd | null = null;
+  let crowdTimer: Timer | undefined;
+
+  /** Shows lines of ours, behind those of the room. */
+  function printLines(lines: string): void {
+    display.print(takeCrowd() + lines);
+  }
+
+  function notice(text: string): void {
+    printLines(layOut("", text, NOTICE, size().columns));
+  }
+
+  function findIgnored(name: string): string | undefined {
+    return [...ignored].find((other) => isSameName(other, name));
+  }
+
+  /** Whoever is ignored stays so under another name. */
+  function followRename({ who, renamed }: Entry): void {
+    const before = who && findIgnored(who);
+    if (!before || !renamed) return;
+    ignored.delete(before);
+    ignored.add(copyOf(renamed));
+  }
+
+  function isShown({ from }: Entry): boolean {
+    return !from || isSameName(from, reader) || findIgnored(from) === undefined;
+  }
+
+  /** The line of those who have come or gone of late, if any have. */
+  function takeCrowd(): string {
+    clearTimeout(crowdTimer);
+    const entry = crowd && entryOf(crowd);
+    crowd = null;
+    return entry ? layOutEntry(entry, reader, size().columns, "") : "";
+  }
+
+  /** Adds somebody to the crowd. Returns the line of those before, who did something else. */
+  function joinCrowd({ who = "", did = "", text }: Entry): string {
+    const before = crowd?.did === did ? "" : takeCrowd();
+    if (!crowd) {
+      crowd = { did, names: [], count: 0, text };
+      crowdTimer = setTimeout(printLines, PACE.crowd, "");
+    }
+    crowd.count++;
+    if (crowd.names.length < 3) crowd.names.push(copyOf(who));
+    return before;
+  }
+
+  return {
+    notice,
+
+    /** The names of the others, the latest speakers last. */
+    others: () => bySpeech(people).filter((name) => name !== reader),
+
+    /** Shows what the room says. @returns whether more may come at once */
+    show(entries: Entry[], name: string): boolean {
+      reader = name;
+      const { columns } = size();
+      let lines = "";
+      for (const entry of entries) {
+        remember(people, entry);
+        followRename(entry);
+        if (!isShown(entry)) continue;
+        if (entry.did) lines += joinCrowd(entry);
+        else lines += takeCrowd() + layOutEntry(entry, reader, columns, bell);
+      }
+      if (lines) display.print(lines);
+      return !output.isFull();
+    },
+
+    showRoster(entry: Entry): void {
+      const { columns } = size();
+      remember(people, entry);
+      printLines(layOutEntry({ text: shortenRoster(entry, columns) }, reader, columns, ""));
+    },
+
+    showOwn(text: string): void {
+      printLines(layOut(SAY, text, OWN, size().columns));
+    },
+
+    print(text: string): void {
+      printLines(text && `${text}\n`);
+    },
+
+    ignore(name: string): void {
+      const known = findIgnored(name);
+      if (name === "") {
+        const names = [...ignored].join(", ");
+        notice(names ? `Hidden: ${names}` : "Nobody is hidden.");
+      } else if (known === undefined) {
+        ignored.add(name);
+        notice(`What ${name} says is hidden from now on. /ignore ${name} shows it again.`);
+      } else {
+        ignored.delete(known);
+        notice(`What ${known} says is shown again.`);
+      }
+    },
+  };
+}
+
+/** What the person types, as lines to be asked for. */
+function createKeyboard(display: Display, view: View) {
+  const editor = createEditor((before) => complete(before, view.others()));
+  const entered: Line[] = []; // but not yet asked for
+  let input: "typing" | "pasting" | "ended" = "typing";
+  let question = "";
+  let wake = () => {};
+  let blankLine: Timer | undefined; // one that ends the program, unless more input follows
+  let redraw: ReturnType<typeof setImmediate> | undefined;
+
+  function draw(): void {
+    redraw = undefined;
+    const waiting = entered.filter(({ from }) => from === "paste").length;
+    const status = `${waiting} lines are on their way at the pace of the room; Ctrl+C stops them.`;
+    const { text, cursor } = editor;
+    display.draw({ status: waiting > SHORT_PASTE ? status : "", prompt: question, text, cursor });
+  }
+
+  /** Draws what was typed, once for all keys of a chunk. */
+  function scheduleDraw(): void {
+    redraw ??= setImmediate(draw);
+  }
+
+  // Bun may believe the terminal raw, when a shell has changed it in the meantime.
+  function resume(): void {
+    life = "running";
+    stdin.setRawMode(false);
+    setRaw(true);
+    display.reset();
+    draw();
+  }
+
+  function suspend(): void {
+    clearImmediate(redraw);
+    redraw = undefined;
+    display.draw(NO_INPUT);
+    output.whenTaken(() => {
+      setRaw(false);
+      life = "suspended";
+      process.kill(0, "SIGTSTP");
+      setTimeout(() => stdin.isRaw || resume(), 100); // where no shell is, nothing stops or continues
+    });
+  }
+
+  function clear(): void {
+    if (IS_PLAIN) return;
+    output.write("\x1b[H\x1b[2J");
+    display.reset();
+  }
+
+  function enter(line: Line): void {
+    entered.push(line);
+    wake();
+  }
+
+  function enterTyped(): void {
+    const { text, isPasted } = editor.enter(question === SAY);
+    const from = isPasted || input === "pasting" ? "paste" : "keyboard";
+    const line: Line = { text, from };
+    if (text === "" && from === "keyboard") blankLine = setTimeout(enter, PACE.blank, line);
+    else enter(line);
+  }
+
+  function endInput(): void {
+    input = "ended";
+    wake();
+  }
+
+  /** Ctrl+C drops the pasted lines that wait. Without any it ends the program. */
+  function interrupt(): void {
+    const typed = entered.filter(({ from }) => from !== "paste");
+    const stopped = entered.length - typed.length;
+    entered.splice(0, entered.length, ...typed);
+    if (stopped > 0) view.notice(`${linesWere(stopped)} not sent.`);
+    else process.emit("SIGINT", "SIGINT");
+  }
+
+  /** Where the end marker of a paste is lost, Ctrl+C must still work. */
+  function watchPaste(chunk: Uint8Array): void {
+    if (input !== "pasting" || chunk.length !== 1 || chunk[0] !== CTRL_C) return;
+    input = "typing";
+    interrupt();
+  }
+
+  function insert(typed: string): void {
+    const { length } = editor.text;
+    if (length >= MAX_TYPED) return;
+    editor.insert(typed, input === "pasting");
+    if (editor.text.length >= MAX_TYPED)
+      view.notice(`A line takes ${MAX_TYPED} characters. What follows is left out.`);
+  }
+
+  const keys: Record<string, () => void> = {
+    return: enterTyped,
+    enter: enterTyped,
+    "ctrl+c": interrupt,
+    "ctrl+d": () => (editor.text === "" ? endInput() : editor.press("delete")),
+    "ctrl+z": suspend,
+    "ctrl+l": clear,
+    "paste-start": () => (input = "pasting"),
+    "paste-end": () => (input = "typing"),
+  };
+  const keysInPaste = ["return", "enter", "paste-end"];
+
+  function handleKey(typed: string | undefined, key: Key): void {
+    clearTimeout(blankLine);
+    const { name = "", ctrl, meta, shift } = key;
+    const modifiers = `${ctrl ? "ctrl+" : ""}${meta ? "alt+" : ""}`;
+    const id = `${modifiers}${shift && name.length > 1 ? "shift+" : ""}${name}`;
+    if (input === "ended") {
+      if (id === "ctrl+c") interrupt();
+      return;
+    }
+
+    const text = typed === undefined || ctrl || meta ? "" : cleanText(typed);
+    const isLiteral = text !== "" && (name !== "tab" || input === "pasting");
+    if (isLiteral) insert(text);
+    else if (input === "typing" || keysInPaste.includes(name))
+      (keys[id] ?? (() => editor.press(id)))();
+    if (id !== "ctrl+z") scheduleDraw();
+  }
+
+  emitKeypressEvents(stdin);
+  stdin.on("keypress", handleKey).on("data", watchPaste).on("end", endInput).on("error", endInput);
+  stdout.on("resize", scheduleDraw);
+  // A signal that ends us may come with it, and then the terminal belongs to the shell.
+  process.on("SIGCONT", () => setImmediate(() => life !== "ending" && resume()));
+  process.on("exit", restoreTerminal);
+  setRaw(true);
+
+  return {
+    /** Resolves with the next line entered, or undefined at the end of input. */
+    async ask(asked: string): Promise<Line | undefined> {
+      question = asked;
+      draw();
+      while (entered.length === 0 && input !== "ended")
+        await new Promise<void>((resolve) => (wake = resolve));
+      const line = entered.shift();
+      if (asked === SAY) return line;
+
+      question = "";
+      if (line) view.print(`${asked}${line.text}`);
+      draw();
+      return line;
+    },
+
+    close(): void {
+      clearTimeout(blankLine);
+      clearImmediate(redraw);
+    },
+  };
+}
+
+/** Raw mode, and bracketed paste (DEC private mode 2004). */
+function setRaw(isOn: boolean): void {
+  if (stdin.isRaw !== isOn) stdin.setRawMode(isOn);
+  if (IS_PLAIN) return;
+  try {
+    writeSync(stdout.fd, isOn ? "\x1b[?2004h" : "\x1b[?2004l\x1b[?7h");
+  } catch {} // the terminal is gone
+}
+
+/** With each way out the terminal is as it was. */
+function restoreTerminal(): void {
+  if (output.isEmpty()) {
+    setRaw(false);
+    return;
+  }
+  // It takes no output, so this would block for ever: let somebody else wait for it.
+  const streams = { stdin: "inherit", stdout: "inherit", stderr: "ignore" } as const;
+  Bun.spawn(
+    ["sh", "-c", "trap '' TTOU; stty sane; printf '\\033[?2004l\\033[?7h'"],
+    streams,
+  ).unref();
 }
 
 /** The standard input and output of a tool. */
-function pipe(): Screen {
-  const lines = (async function* (split = splitLines(MAX_LINE)) {
-    for await (const chunk of Bun.stdin.stream()) yield* split(chunk);
-    yield* split(Buffer.from("\n"));
-  })();
+function openPipe(): Screen {
+  const lines = readPipe();
+  // A terminal would break long lines itself, at the left, where real lines begin.
+  const fit = (text: string) =>
+    stdout.isTTY ? wrapText(encode(cut(text)), 0, 8, size().columns) : text;
+  const show = (entries: Entry[]) =>
+    output.write(entries.map(({ text }) => `${fit(text)}\n`).join(""));
+
   return {
-    person: false,
-    ask: () =>
-      lines.next().then(({ done, value }) => (done ? undefined : { text: value, typed: false })),
-    show: (entries) => stdout.write(entries.map(({ text }) => `${text}\n`).join("")),
-    notice: (text) => console.error(text),
+    isPerson: false,
+    async ask() {
+      const { done, value } = await lines.next();
+      return done ? undefined : { text: value, from: "pipe" };
+    },
+    show(entries) {
+      show(entries);
+      return !output.isFull();
+    },
+    whenTaken: output.whenTaken,
+    showRoster: (entry) => show([entry]),
+    showOwn() {},
+    notice: (text) => errors.write(`${text}\n`),
+    print() {},
+    ignore() {},
     close() {},
   };
 }
 
-// ---- The conversation.
-/** Shows the menu until a choice is made. Resolves with the name to join under, "" to exit. */
+async function* readPipe(): AsyncGenerator<string, void> {
+  const split = splitLines(MAX_LINE);
+  for await (const chunk of Bun.stdin.stream()) {
+    const lines = split(chunk);
+    if (lines.some(({ length }) => length === MAX_LINE))
+      errors.write(`A line was longer than ${MAX_LINE} characters and was cut.\n`);
+    yield* lines;
+  }
+  yield* split();
+}
+
+// --- The conversation --------------------------------------------------------------------------
+
+const MENU = "1. Join the chat\nq. Leave the chat\n2. Exit the program";
+const WHO = "Enter your username: ";
+const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at once.";
+const HELP = `Here also: /ignore NAME, and q, which leaves the chat. See bun client.ts --help.`;
+
+function linesWere(count: number): string {
+  return count === 1 ? "1 line was" : `${count} lines were`;
+}
+
+/** Shows the menu until a choice is made. Resolves with the name to join under, or "" to end. */
 export async function menu(screen: Screen): Promise<string> {
   for (;;) {
-    screen.notice("1. Join the chat\nq. Leave the chat\n2. Exit the program");
+    screen.print(MENU);
     const line = await screen.ask("Enter your choice: ");
-    const choice = line?.text.trim();
-    if (!line || (line.typed && !choice) || choice === "2" || choice === "/quit") return "";
-    const name = choice === "1" && (await screen.ask(WHO))?.text.trim();
+    const choice = line?.text.trim().toLowerCase() ?? "/quit";
+
+    // A paste must not end the program, whatever it holds.
+    if (line?.from !== "paste" && ["", "2", "/quit"].includes(choice)) {
+      screen.print("Exiting the program.");
+      return "";
+    }
+    if (line?.from !== "paste" && choice === "q") {
+      screen.print("Disconnecting from the server...");
+      return "";
+    }
+    const name = choice === "1" ? await askName(screen) : "";
     if (name) return name;
+    if (choice !== "1" && choice !== "") screen.print("Invalid choice. Try again.");
   }
 }
 
-/** Sends what is entered. Resolves with whether to go back to the menu, not to the end. */
-export async function sendMessages(screen: Screen, room: Room): Promise<boolean> {
+async function askName(screen: Screen): Promise<string> {
+  const line = await screen.ask(WHO);
+  return line?.text.trim() ?? "";
+}
+
+/** Sends what is entered, until somebody wants to go: back to the menu, or home. */
+export async function sendMessages(screen: Screen, room: Room): Promise<"menu" | "end"> {
+  const waitForTurn = createPacer();
   for (;;) {
     const line = await screen.ask(SAY);
-    if (!line || /^\/quit(\s|$)/i.test(line.text) || (line.typed && !line.text)) return false;
-    if (line.typed && line.text === "q") return true;
-    const sent = line.text.trim() && room.send(line.text);
-    if (!screen.person) await sent; // a tool has time, a person types on
+    if (!line) return "end";
+    const { text, from } = line;
+    const [word = "", ...rest] = text.trim().split(/\s+/);
+    const command = from !== "paste" && text.startsWith("/") ? word.toLowerCase() : "";
+
+    if (from === "keyboard" && text === "") return "end";
+    if (from === "keyboard" && text.toLowerCase() === "q") return "menu";
+    if (command === "/quit") return "end";
+    if (command === "/ignore" && screen.isPerson) {
+      screen.ignore(rest.join(" ").replace(/^@|:$/g, ""));
+      continue;
+    }
+    if (word === "") continue;
+
+    screen.showOwn(text);
+    const sent = room.send(from === "paste" && text.startsWith("/") ? `/${text}` : text);
+    if (!screen.isPerson) await sent; // a tool has time, a person types on
+    if (command === "/help") screen.notice(HELP);
+    if (from === "paste") await waitForTurn();
   }
 }
 
-function readOptions() {
-  const [text, flag] = [{ type: "string" }, { type: "boolean", default: false }] as const;
-  const address = { host: text, port: text, tls: flag, ca: text };
-  const options = { ...address, name: text, bell: flag, help: flag, version: flag };
-  try {
-    const { host = "127.0.0.1", port = "5555", ca, ...rest } = parseArgs({ options }).values;
-    const pem = ca === undefined ? "" : readFileSync(ca, "utf8");
-    if (ca && !pem.includes("BEGIN CERTIFICATE")) throw new Error(`${ca} holds no PEM certificate`);
-    if (!/^\d{1,5}$/.test(port) || +port < 1 || +port > 65535)
-      throw new Error(`--port is a number from 1 to 65535, not '${port}'`);
-    return { ...rest, host, port: +port, tls: ca ? { ca: pem } : rest.tls };
-  } catch (error) {
-    const { syscall, path, message } = error as NodeJS.ErrnoException;
-    const [what] = message.split(/\. |\.\n/);
-    console.error(syscall ? `${path || "--ca"} cannot be read.` : `${what}. Try --help.`);
-    process.exit(syscall ? 1 : 2);
+/** Returns a function that waits until one more pasted line may go. Rooms take them no faster. */
+function createPacer(): () => Promise<void> {
+  let due = -Infinity; // ms
+
+  return async () => {
+    const now = performance.now();
+    due = Math.max(due, now - (PASTED_AT_ONCE - 1) * PACE.pasted) + PACE.pasted;
+    if (due > now) await Bun.sleep(due - now);
+  };
+}
+
+/** What has become of the lines, if it is not good. In a pipe more of them may have come behind. */
+function describe({ unsent, isComplete }: Farewell, isPerson: boolean): string {
+  const more = isPerson ? "" : ", nor was anything behind";
+  if (unsent > 0) return `${linesWere(unsent)} not sent${more}.`;
+  return isComplete ? "" : "The last lines may be lost.";
+}
+
+/** A person's way through the menu and the room. Resolves with the exit code. */
+async function chat(screen: Screen, room: Room, givenName: string): Promise<number> {
+  await room.join();
+  screen.notice("Connected to server.");
+
+  let name = givenName || (await menu(screen));
+  while (name) {
+    screen.notice(`Joining the chat as ${name}...`);
+    const problem = await tryToJoin(room, name);
+    if (problem) {
+      screen.notice(problem.words);
+      const another = problem.isRefusal ? await askName(screen) : "";
+      name = another || (await menu(screen));
+      continue;
+    }
+
+    const next = await sendMessages(screen, room);
+    if (next === "menu") screen.notice("Leaving the chat...");
+    const patience = setTimeout(() => screen.notice(PATIENCE), PACE.patience);
+    const words = describe(await room.leave(), screen.isPerson);
+    clearTimeout(patience);
+    if (words) screen.notice(words);
+    if (next === "end") return words ? 1 : 0;
+    screen.notice("Connection closed.");
+    name = await menu(screen);
   }
+  await room.leave();
+  return 0;
+}
+
+/** Joins. Resolves with what went wrong, if anything did. */
+async function tryToJoin(room: Room, name: string) {
+  try {
+    const { refused } = await room.join(name);
+    return refused === undefined ? null : { words: refused, isRefusal: true };
+  } catch (error) {
+    return { words: messageOf(error), isRefusal: false };
+  }
+}
+
+/** The way of a pipe. Resolves with the exit code. @throws when it cannot get into the room */
+async function passOn(screen: Screen, room: Room, givenName: string): Promise<number> {
+  await room.join();
+  const name = givenName || (await askName(screen));
+  if (!name) throw new Error("A name is needed: the first line, or --name.");
+  const { refused } = await room.join(name);
+  if (refused !== undefined) throw new Error(refused);
+
+  await sendMessages(screen, room);
+  const words = describe(await room.leave(), screen.isPerson);
+  if (words) screen.notice(words);
+  return words ? 1 : 0;
+}
+
+// --- The program -------------------------------------------------------------------------------
+
+const USAGE = `Usage: bun client.ts [options]
+
+Talk to everybody in a room, from your terminal.
+
+  --host HOST     where the server is (${DEFAULTS.host})
+  --port PORT     and its port (${DEFAULTS.port})
+  --name NAME     join as NAME at once, without the menu
+  --tls           encrypt; the certificate must be good for HOST
+  --ca FILE       the same, for a certificate that this PEM file vouches for
+  --bell          ring when somebody mentions you or writes to you alone
+  --help          show this text
+  --version       show the version
+
+In the chat:
+${COMMANDS.map(({ name, parameters, help }) => `  ${`${name} ${parameters}`.padEnd(15)} ${help}`).join("\n")}
+  //TEXT          say /TEXT, for a message that begins with a slash
+  q               leave the chat, back to the menu
+  Tab, Shift+Tab  complete a name or a command; once more for the next one
+  Up, Down        what you said before
+  Enter           on an empty line: end the program, as do Ctrl+D and Ctrl+C
+
+In a pipe there is no menu, and without --name the first line is the name. NO_COLOR=1 is honoured.
+
+Examples:
+  bun client.ts --name Alex
+  bun client.ts --host chat.example.org --port 6000 --bell
+  tail -f app.log | bun client.ts --name logbot > room.txt`;
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }
 
 /** The program: menu or pipe, join, talk, leave, and every way out. */
 export async function main(): Promise<void> {
-  stdout.on("error", ({ code, message }: NodeJS.ErrnoException) => {
-    if (code === "EPIPE" || code === "EIO") process.exit(0); // nobody reads any more
-    console.error(message);
-    process.exit(1);
-  });
-  const options = readOptions();
-  if (options.help) return void stdout.write(HELP);
-  if (options.version) return console.log(VERSION);
-  const screen = stdin.isTTY && stdout.isTTY ? terminal(options.bell ? "\x07" : "") : pipe();
-  const room = receiveMessages(options, screen);
-  function finish(code: number, words = "") {
+  const { name, bell, ...address } = readOptions();
+  const isPerson = stdin.isTTY && stdout.isTTY;
+  const screen = isPerson ? openTerminal(bell ? "\x07" : "") : openPipe();
+  const room = receiveMessages(address, screen);
+
+  function finish(exitCode: number, words = ""): void {
     screen.close();
-    if (words) console.error(words);
-    process.exitCode = code;
-    stdout.end(() => process.exit());
+    if (words) errors.write(`${words}\n`);
+    output.whenTaken(() => errors.whenTaken(() => process.exit(exitCode)));
   }
-  const failures = ["uncaughtException", "unhandledRejection"]; // the second when join throws
-  for (const failure of failures) process.on(failure, (error: Error) => finish(1, error.message));
-  const stop = (code: number) => () => {
-    setImmediate(() => room.leave().then(() => finish(code))); // after what was typed before
-    setTimeout(room.leave, 1000);
-    setTimeout(() => process.exit(code), 2000); // nobody reads what waits for stdout
-  };
-  process.on("SIGINT", stop(screen.person ? 0 : 130)).on("SIGTERM", stop(143));
-  if (screen.person) process.on("SIGHUP", stop(129));
-  await room.join();
-  if (screen.person && !options.name) screen.notice("Connected to server.");
-  let name =
-    options.name || (screen.person ? await menu(screen) : (await screen.ask(""))?.text.trim());
-  if (!name && !screen.person) throw new Error("A name is needed: the first line, or --name.");
-  let lost = "";
-  while (name) {
-    if (screen.person) screen.notice(`Joining the chat as ${name}...`);
-    const refusal = await room.join(name);
-    if (refusal && !screen.person) throw new Error(refusal);
-    if (refusal) screen.notice(refusal);
-    const again = !refusal && (await sendMessages(screen, room));
-    if (!refusal) lost = await room.leave();
-    name = refusal ? (await screen.ask(WHO))?.text.trim() : again ? await menu(screen) : "";
+
+  function endBySignal(signal: NodeJS.Signals, exitCode: number): void {
+    if (life === "suspended") {
+      // The terminal is the shell's: to touch it now would stop us again.
+      process.removeAllListeners(signal);
+      process.kill(process.pid, signal);
+      return;
+    }
+    life = "ending";
+
+    // What was typed before comes first. But a server may take nothing, and nobody may read stdout.
+    setImmediate(async () => finish(exitCode, describe(await room.leave(), screen.isPerson)));
+    setTimeout(() => void room.leave(), PACE.signal);
+    setTimeout(process.exit, PACE.exit, exitCode);
   }
-  finish(lost ? 1 : 0);
+
+  process.on("SIGINT", () => endBySignal("SIGINT", isPerson ? 0 : 130));
+  process.on("SIGTERM", () => endBySignal("SIGTERM", 143));
+  if (isPerson) process.on("SIGHUP", () => endBySignal("SIGHUP", 129));
+  process.on("uncaughtException", (error) => finish(1, messageOf(error)));
+
+  try {
+    const converse = isPerson ? chat : passOn;
+    finish(await converse(screen, room, name));
+  } catch (error) {
+    finish(1, messageOf(error));
+  }
+}
+
+/** The options that were typed. Shows the help or the version, and ends, when they ask for it. */
+function readOptions() {
+  try {
+    const { help, version, host = DEFAULTS.host, port, name = "", tls, ca, bell } = parseOptions();
+    if (help || version) {
+      console.log(help ? USAGE : `bun-chat ${VERSION}`);
+      process.exit(0);
+    }
+
+    const trust = ca === undefined ? (tls ?? false) : { ca: readAuthority(ca) };
+    return { host, port: readPort(port), name, bell, tls: trust };
+  } catch (error) {
+    const isUsage = error instanceof TypeError;
+    const [what] = messageOf(error).split(/\. |\.\n/);
+    console.error(isUsage ? `${what}. Try --help.` : messageOf(error));
+    process.exit(isUsage ? 2 : 1);
+  }
+}
+
+/** @throws TypeError on bad options; its message is for the user */
+function parseOptions() {
+  return parseArgs({
+    options: {
+      host: { type: "string" },
+      port: { type: "string" },
+      name: { type: "string" },
+      tls: { type: "boolean" },
+      ca: { type: "string" },
+      bell: { type: "boolean" },
+      help: { type: "boolean" },
+      version: { type: "boolean" },
+    },
+  }).values;
+}
+
+function readPort(text = `${DEFAULTS.port}`): number {
+  const port = /^\d+$/.test(text) ? Number(text) : NaN;
+  if (port >= 1 && port <= 65_535) return port;
+  throw new TypeError(`--port takes a number from 1 to 65535, not ${JSON.stringify(text)}`);
+}
+
+/** The certificates in a PEM file. @throws when it cannot be read, or holds none */
+function readAuthority(file: string): string {
+  let pem = "";
+  try {
+    pem = readFileSync(file, "utf8");
+  } catch {
+    throw new Error(`${file} cannot be read.`);
+  }
+  try {
+    new X509Certificate(pem);
+  } catch {
+    throw new Error(`${file} holds no certificate in PEM.`);
+  }
+  return pem;
 }
 
 if (import.meta.main) void main();
