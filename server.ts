@@ -1195,8 +1195,13 @@ function flush(server: Server): void {
   sendToLeavers(server, leavers);
 
   // Iterate over a copy: an exception may remove a client.
-  for (const client of [...server.clients])
-    serve(server, client, () => sendBatch(server, client, batch));
+  for (const client of [...server.clients]) {
+    try {
+      sendBatch(server, client, batch); // not by `serve`, whose closures would cost a few percent
+    } catch (error) {
+      handleError(server, client.socket, error);
+    }
+  }
   if (batch.parcel.entries === 0) detach(batch.parcel.bytes);
 
   const now = performance.now();
