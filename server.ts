@@ -44,7 +44,7 @@ const MAX_BATCH = 256 * KIB; // a batch of this size leaves at once
 const MAX_COPIES = 128 * MIB; // and so does one that is as large for all clients together
 const MAX_COPY = 64 * KIB; // a client's own batch is copied together up to this size
 const SLICE = 16 * KIB; // of lines and answers that are handled per client between two flushes
-const MAX_ANSWERS = 4 * MIB; // of answers and rosters for all clients between two flushes
+const MAX_ANSWERS = 4 * MIB; // of answers and rosters for all clients in one turn
 
 // Queues and memory, in bytes.
 const SLOW_QUEUE = 1 * MIB; // may wait for a slow reader for as long as it likes
@@ -136,7 +136,7 @@ class Server {
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
   sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
   turnDeadline = 0; // ms; what comes later waits for the next turn; 0 between turns
-  answerBytes = 0; // of answers and rosters since the last flush
+  answerBytes = 0; // of answers and rosters in this turn
   postponed: (() => void)[] = []; // for later turns: FINs, removals, queues with room in the kernel
 
   inputs = 0; // chunks and FINs so far, which shows whether more are coming
@@ -824,9 +824,11 @@ function postpone(server: Server, client: Client, work: () => void): void {
 }
 
 function runPostponed(server: Server): void {
+  endTurn(server);
   const due = server.postponed.slice(0, CLIENTS_PER_TURN);
   for (const work of due) work();
   server.postponed.splice(0, due.length); // only now, so that `postpone` sees that a turn is coming
+  endTurn(server); // others may have sent something in the meantime
   if (server.postponed.length > 0) setImmediate(runPostponed, server);
 }
 
@@ -967,8 +969,7 @@ function readLines(server: Server, client: Client): void {
     const isOver = client.sliceUsed > SLICE || server.flushes !== flushes || isTurnOver(server);
     if (isOver || (server.answerBytes > MAX_ANSWERS && mayBeAnswered(client, bytes[start]))) {
       holdBack(server, client, bytes.subarray(start));
-      server.sliced.add(client);
-      scheduleFlush(server, true);
+      waitForTurn(server, client);
       return;
     }
     const wait = payForLine(server, client, end - start);
@@ -999,11 +1000,22 @@ function isTurnOver(server: Server): boolean {
 
 function endTurn(server: Server): void {
   server.turnDeadline = 0;
+  server.answerBytes = 0;
 }
 
 /** Whether a line with this first byte may get a long answer, of all names for instance. */
 function mayBeAnswered(client: Client, firstByte: number | undefined): boolean {
   return client.phase === "naming" || firstByte === SLASH;
+}
+
+/** Newcomers come in the next turn. What others are told must leave first. */
+function waitForTurn(server: Server, client: Client): void {
+  if (client.phase === "naming") {
+    postpone(server, client, () => readOn(server, client));
+  } else {
+    server.sliced.add(client);
+    scheduleFlush(server, true);
+  }
 }
 
 /** The beginning of a line is kept, but no more of it than shows that it is too long. */
@@ -1238,7 +1250,7 @@ function sendToLeavers(server: Server, leavers: Client[]): void {
 
 /** Reads on from clients that had used up a slice, the first one first, in a turn of their own. */
 function readOnAll(server: Server): void {
-  server.turnDeadline = 0;
+  endTurn(server);
 
   // Iterate over a copy: a client may use up another slice.
   for (const client of [...server.sliced]) {
@@ -1247,7 +1259,7 @@ function readOnAll(server: Server): void {
     readOn(server, client);
   }
 
-  server.turnDeadline = 0; // others may have sent something in the meantime
+  endTurn(server);
   if (server.sliced.size > 0) scheduleFlush(server, true); // which comes back here
 }
 
