@@ -1785,6 +1785,20 @@ describe("a budget", () => {
     expect(count("user") - before).toBeWithin(3 * linesPerSecond, 4.5 * linesPerSecond);
   });
 
+  test("of the room is spent by what is heard: of a byte that is not UTF-8 three are", async () => {
+    jest.useFakeTimers();
+    const { room, count } = openCounted({ rate: 1000, maxPerAddress: undefined });
+    for (const peer of await enterTogether(room, called("user", 10))) {
+      peer.countsOnly = true;
+      peer.send(
+        Buffer.from(toText(times(60, () => "x".repeat(4096))).replaceAll("x", "\xff"), "latin1"),
+      );
+    }
+    await pass(2);
+    const linesPerSecond = (768 * 1024) / (3 * 4096);
+    expect(count("user")).toBeWithin(2 * linesPerSecond, 4.5 * linesPerSecond);
+  });
+
   test("is everybody's own where addresses are not limited, and there is none at rate 0", async () => {
     jest.useFakeTimers();
     const loopback = openCounted({ maxPerAddress: undefined });
@@ -2982,6 +2996,19 @@ describe("a paste", () => {
     await server.heard.until("Alex: /msg bob a secret\nAlex: q\n");
   });
 
+  test("is counted without its blank lines, and a line typed behind it is not lost unsaid", async () => {
+    const server = budgetChat();
+    const alex = await joined(server, [], { pace: { pasted: 1000 } });
+    alex.type(`${paste(`${numbered(40).join("\r\r")}\r`)}typed\r`);
+    await server.heard.until("line 19\n"); // so many go at once
+    await alex.out.until("20 lines are on their way");
+    alex.type("\x03");
+    await alex.out.until("20 lines were not sent.");
+    alex.type("\x03");
+    await alex.out.until("1 line was not sent.");
+    expect(await alex.exited()).toBe(0);
+  });
+
   test("that is long shows how much is left, and Ctrl+C stops the rest", async () => {
     const server = budgetChat();
     const alex = await joined(server, [], { pace: { pasted: 10 } });
@@ -3500,6 +3527,16 @@ describe("the client in a pipe", () => {
     ]);
   });
 
+  test("shows lines as in a terminal where its output is one", async () => {
+    const server = budgetChat();
+    const command = client(server.port, "--name", "Alex").join(" ");
+    const alex = inTerminal(["sh", "-c", `sleep 60 | ${command}`]);
+    await server.heard.until("joined: Alex\n");
+    server.say(`[eve] ${"x ".repeat(60)}end`);
+    await alex.out.until("end");
+    expect(alex.out.text).toMatch(/\r\n\d\d:\d\d \[eve\] x[x ]+\r\n {12}x[x ]+end/);
+  });
+
   test("sends a line again, whole, of which a lost connection took a part", async () => {
     const habits = { stopsReading: true };
     const server = budgetChat(habits);
@@ -3511,6 +3548,7 @@ describe("the client in a pipe", () => {
     const screen = {
       isPerson: false,
       ask: async () => undefined,
+      waiting: () => 0,
       show,
       showRoster: (entry: { text: string }) => void show([entry]),
       notice: (text: string) => void show([{ text }]),

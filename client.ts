@@ -38,7 +38,7 @@ export const PACE = {
   doubt: 2000, // in which the end of the connection makes a refusal of the last words
   retry: 1000, // before the first new try
   lastWords: 30_000, // of silence after our end, in which a server may still close
-  perLine: 200, // of silence more for each line sent, because a room may take them slowly
+  perLine: 200, // of silence more for each short line, because a room may take them slowly
   blank: 300, // in which more input shows that an empty line does not end the program
   pasted: 100, // between two pasted lines, after the first ones
   crowd: 200, // in which those who come, or go, share a line
@@ -199,9 +199,13 @@ function namesIn(roster: string): string[] {
   return roster.match(/[^\s,]+/g) ?? [];
 }
 
-/** Names are the same in whatever case they are written. */
+/** Names are the same in whatever case they are written: STRASSE is Straße. */
 function isSameName(a: string, b: string): boolean {
-  return a.normalize("NFKC").toLowerCase() === b.normalize("NFKC").toLowerCase();
+  return foldName(a) === foldName(b);
+}
+
+function foldName(name: string): string {
+  return name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase();
 }
 
 /** Who is here, by the number of the last line that names them. */
@@ -411,12 +415,18 @@ function formatEndpoint(host: string, port: number): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
 }
 
+/** A room takes a long line more slowly, ours one of 4096 bytes like nine short ones. */
+function costOf({ length }: Uint8Array): number {
+  return 1 + Math.floor(length / 512);
+}
+
 /** Lines that wait to be sent, and what is known of those that were. */
 function createOutbox() {
   const lines: Uint8Array[] = [];
   let taken = 0; // bytes of the first of them that the kernel has
   let flushed = Promise.withResolvers<void>();
   let sent = 0; // lines, on this connection
+  let cost = 0; // of these and those that wait, in short lines
   let lastSent = -Infinity; // ms
 
   return {
@@ -426,6 +436,9 @@ function createOutbox() {
     get sent() {
       return sent;
     },
+    get cost() {
+      return cost;
+    },
     get lastSent() {
       return lastSent;
     },
@@ -433,7 +446,9 @@ function createOutbox() {
     /** Adds a line. Resolves when nothing waits any more. */
     add(text: string): Promise<void> {
       if (lines.length === 0) flushed = Promise.withResolvers();
-      lines.push(Buffer.from(`${text}\n`));
+      const line = Buffer.from(`${text}\n`);
+      lines.push(line);
+      cost += costOf(line);
       return flushed.promise;
     },
 
@@ -457,6 +472,7 @@ function createOutbox() {
     startOver(): void {
       taken = 0;
       sent = 0;
+      cost = lines.reduce((sum, line) => sum + costOf(line), 0);
     },
 
     clear(): void {
@@ -480,6 +496,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
 
   const outbox = createOutbox();
   let lastHeard = -Infinity; // ms
+  let isPaused = false; // until our output is read
   let isComplete = true; // false once a connection on which lines were sent is lost
 
   const handlers: Bun.SocketHandler<undefined> = {
@@ -526,7 +543,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
     lastHeard = performance.now();
     const lines = split(chunk);
 
-    if (state.at === "leaving") state.timer.refresh();
+    if (state.at === "leaving" || state.at === "entering") state.timer.refresh();
     if (state.at === "greeting") hearGreeting(lines);
     else if (state.at === "entering") hearAnswer(lines);
     else if (state.at !== "lobby") showLines(lines);
@@ -601,8 +618,13 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
     if (screen.show(entries, name) || !("socket" in state)) return;
 
     const { socket } = state;
+    isPaused = true;
     socket.pause();
-    screen.whenTaken(() => socket.resume());
+    screen.whenTaken(() => {
+      isPaused = false;
+      if (state.at === "leaving") state.timer.refresh();
+      socket.resume();
+    });
   }
 
   /** Sends what waits, and then our FIN when leaving. */
@@ -680,6 +702,12 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
     socket?.end();
   }
 
+  /** The server has been silent for long, unless we do not listen, because nobody reads our output. */
+  function giveUp(): void {
+    if (state.at === "leaving" && isPaused) state.timer.refresh();
+    else finishLeaving(false);
+  }
+
   /** All lines have arrived only if the server closes in good order after our FIN. */
   function finishLeaving(isOrderly: boolean): Farewell {
     const before = state;
@@ -718,8 +746,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
     leave(): Promise<Farewell> {
       if (state.at !== "joined") return Promise.resolve(finishLeaving(false));
 
-      const silence = PACE.lastWords + (outbox.sent + outbox.unsent) * PACE.perLine;
-      const timer = setTimeout(finishLeaving, silence, false);
+      const timer = setTimeout(giveUp, PACE.lastWords + outbox.cost * PACE.perLine);
       const left = Promise.withResolvers<Farewell>();
       change({ at: "leaving", socket: state.socket, timer, left });
       flush();
@@ -1063,6 +1090,8 @@ type Screen = {
   isPerson: boolean;
   /** Resolves with the next line entered, or undefined at the end of input. */
   ask(question: string): Promise<Line | undefined>;
+  /** Lines that were entered and not asked for yet. */
+  waiting(): number;
   /** Shows what the room says. @returns false if no more should come until `whenTaken` calls back */
   show(entries: Entry[], reader: string): boolean;
   whenTaken(callback: () => void): void;
@@ -1093,6 +1122,7 @@ function openTerminal(bell: string): Screen {
     ...view,
     isPerson: true,
     ask: keyboard.ask,
+    waiting: () => keyboard.waiting,
     whenTaken: output.whenTaken,
     close() {
       keyboard.close();
@@ -1268,6 +1298,7 @@ function createKeyboard(display: Display, view: View) {
     const { text, isPasted } = editor.enter(question === SAY);
     const from = isPasted || input === "pasting" ? "paste" : "keyboard";
     const line: Line = { text, from };
+    if (from === "paste" && question === SAY && text.trim() === "") return;
     if (text === "" && from === "keyboard") blankLine = setTimeout(enter, PACE.blank, line);
     else enter(line);
   }
@@ -1355,6 +1386,11 @@ function createKeyboard(display: Display, view: View) {
       return line;
     },
 
+    /** Lines that nobody has asked for. */
+    get waiting() {
+      return entered.filter(({ text }) => text.trim()).length;
+    },
+
     close(): void {
       clearTimeout(blankLine);
       clearImmediate(redraw);
@@ -1389,10 +1425,13 @@ function restoreTerminal(): void {
 function openPipe(): Screen {
   const lines = readPipe();
   // A terminal would break long lines itself, at the left, where real lines begin.
-  const fit = (text: string) =>
-    stdout.isTTY ? wrapText(encode(cut(text)), 0, 8, size().columns) : text;
-  const show = (entries: Entry[]) =>
-    output.write(entries.map(({ text }) => `${fit(text)}\n`).join(""));
+  function layOutPlain(entry: Entry): string {
+    return stdout.isTTY ? layOutEntry(entry, "", size().columns, "") : `${entry.text}\n`;
+  }
+
+  function show(entries: Entry[]): void {
+    output.write(entries.map(layOutPlain).join(""));
+  }
 
   return {
     isPerson: false,
@@ -1404,6 +1443,7 @@ function openPipe(): Screen {
       show(entries);
       return !output.isFull();
     },
+    waiting: () => 0, // more than anybody knows
     whenTaken: output.whenTaken,
     showRoster: (entry) => show([entry]),
     showOwn() {},
@@ -1619,7 +1659,11 @@ export async function main(): Promise<void> {
     life = "ending";
 
     // What was typed before comes first. But a server may take nothing, and nobody may read stdout.
-    setImmediate(async () => finish(exitCode, describe(await room.leave(), screen.isPerson)));
+    setImmediate(async () => {
+      const farewell = await room.leave();
+      farewell.unsent += screen.waiting();
+      finish(exitCode, describe(farewell, isPerson));
+    });
     setTimeout(() => void room.leave(), PACE.signal);
     setTimeout(process.exit, PACE.exit, exitCode);
   }

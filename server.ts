@@ -26,6 +26,7 @@
  */
 
 import { dlopen } from "bun:ffi";
+import { isUtf8 } from "node:buffer";
 import { BlockList, isIP } from "node:net";
 import { parseArgs } from "node:util";
 
@@ -911,7 +912,6 @@ function quote(text: string): string {
 
 const NEWLINE = 10;
 const RETURN = 13;
-const SLASH = 47;
 const TLS_HANDSHAKE = 0x16; // the first byte of a TLS hello (RFC 8446, section 5.1)
 
 function handleData(server: Server, client: Client, chunk: Buffer): void {
@@ -967,12 +967,13 @@ function readLines(server: Server, client: Client): void {
 
     // A full batch that left in the midst of its lines ends a slice, too: flushes take long.
     const isOver = client.sliceUsed > SLICE || server.flushes !== flushes || isTurnOver(server);
-    if (isOver || (server.answerBytes > MAX_ANSWERS && mayBeAnswered(client, bytes[start]))) {
+    const line = bytes.subarray(start, end);
+    if (isOver || (server.answerBytes > MAX_ANSWERS && mayBeAnswered(client, line))) {
       holdBack(server, client, bytes.subarray(start));
       waitForTurn(server, client);
       return;
     }
-    const wait = payForLine(server, client, end - start);
+    const wait = payForLine(server, client, line);
     if (wait > 0) {
       holdBack(server, client, bytes.subarray(start));
       readOnAfter(wait, server, client);
@@ -1003,9 +1004,9 @@ function endTurn(server: Server): void {
   server.answerBytes = 0;
 }
 
-/** Whether a line with this first byte may get a long answer, of all names for instance. */
-function mayBeAnswered(client: Client, firstByte: number | undefined): boolean {
-  return client.phase === "naming" || firstByte === SLASH;
+/** Whether a line may get a long answer: a name, or /who, may get the names of all. */
+function mayBeAnswered({ phase }: Client, line: Buffer): boolean {
+  return phase === "naming" || /^\/w/i.test(line.toString("latin1", 0, 2));
 }
 
 /** Newcomers come in the next turn. What others are told must leave first. */
@@ -1254,9 +1255,9 @@ function readOnAll(server: Server): void {
 
   // Iterate over a copy: a client may use up another slice.
   for (const client of [...server.sliced]) {
-    if (server.answerBytes > MAX_ANSWERS || isTurnOver(server)) break;
     server.sliced.delete(client);
     readOn(server, client);
+    if (server.answerBytes > MAX_ANSWERS || isTurnOver(server)) break;
   }
 
   endTurn(server);
@@ -1546,17 +1547,19 @@ function spend(account: Account, units: number, rate: number, burst = BURST): nu
 }
 
 /**
- * Charges for a line of so many bytes. The line that a client was held back for is paid.
+ * Charges for a line. The line that a client was held back for is paid.
  * @returns ms until it is paid for
  */
-function payForLine(server: Server, client: Client, bytes: number): number {
+function payForLine(server: Server, client: Client, line: Buffer): number {
   if (server.options.rate === 0 || client.phase !== "joined") return 0; // coming has a price of its own
   if (client.linePaid) {
     client.linePaid = false;
     return 0;
   }
 
-  const length = Math.min(bytes, MAX_LINE);
+  // Each byte that is not UTF-8 becomes U+FFFD, which has three.
+  const bytes = isUtf8(line) ? line.length : 3 * line.length;
+  const length = Math.min(bytes, 3 * MAX_LINE);
   const ownWait = charge(server, client, 1 + Math.floor(length / BYTES_PER_UNIT));
   // Two names: a new one after /nick, for instance.
   const heard = length + 2 * Buffer.byteLength(nameOf(server.room, client.id)) + LINE_OVERHEAD;
