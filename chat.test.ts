@@ -113,6 +113,9 @@ function randomNumbers(seed: number): (limit: number) => number {
   };
 }
 
+/** Rows of a table that stand in a text, several to a line, with semicolons between them. */
+const rowsOf = (table: string) => table.trim().split(/;\s+/);
+
 /** What the kernel says about a process, in KiB: VmRSS is its memory now, VmHWM at its highest. */
 function memory(pid: number, field: "VmRSS" | "VmHWM"): number {
   const status = fs.readFileSync(`/proc/${pid}/status`, "latin1");
@@ -236,13 +239,9 @@ type Server = ReturnType<typeof startServer> & { ca?: string };
 
 /** Opens a room: without limits on the rate, and any exception in it fails the test. */
 function open(options: Partial<ServerOptions> = {}): Server {
-  const server = startServer({ port: 0, rate: 0, logError: fail, ...options });
+  const server = startServer({ port: 0, rate: 0, logError: expect.unreachable, ...options });
   cleanups.push(() => server.stop());
   return server;
-}
-
-function fail(problem: string): never {
-  throw new Error(problem);
 }
 
 /** Opens a room with TLS. */
@@ -277,12 +276,6 @@ function namesIn(server: Server): string[] {
 /** Bytes that wait in the server for somebody in the room. */
 function queued(server: Server, name: string): number {
   return server.clients.find((client) => client.name === name)?.queued ?? NaN;
-}
-
-/** File descriptors of the server's sockets, by name. */
-function descriptors(server: Server): Map<string, number> {
-  const clients = server.clients as unknown as { name: string; socket: { fd: number } }[];
-  return new Map(clients.map(({ name, socket }) => [name, socket.fd]));
 }
 
 const WELCOME = "Welcome to the chat! What is your name?";
@@ -381,10 +374,6 @@ class Peer extends Watched {
     return this.unsent.length === 0;
   }
 
-  async sent(): Promise<void> {
-    await this.when(() => this.isSent || !this.isOpen || undefined);
-  }
-
   /** A line that has come, without its newline; undefined when there is none yet. */
   take(): string | undefined {
     const line = this.received[this.taken++];
@@ -432,12 +421,6 @@ class Peer extends Watched {
     return lines;
   }
 
-  /** Waits until so many bytes have come. */
-  async bytes(total: number): Promise<void> {
-    await this.when(() => this.total >= total || !this.isOpen || undefined);
-    expect(this.total).toBeGreaterThanOrEqual(total);
-  }
-
   /** Asks the server for an answer. What was sent before has been handled then; returns what came. */
   async ping(): Promise<string[]> {
     this.send("/ping\n");
@@ -470,6 +453,11 @@ async function enterAll<const Names extends readonly string[]>(server: Address, 
     peers.push(peer);
   }
   return peers as { -readonly [Place in keyof Names]: Peer };
+}
+
+/** The same, and the room as well. */
+async function gather<const Names extends readonly string[]>(room: Server, ...names: Names) {
+  return [room, ...(await enterAll(room, ...names))] as const;
 }
 
 /** Several enter at the same time. */
@@ -846,13 +834,9 @@ function picture(output: string, columns: number, height = Infinity) {
     else if (character !== "\x07" && !code) print(character);
   }
 
+  const toLine = (row?: ScreenRow) => (row?.cells ?? []).join("").trimEnd();
   const toLines = (shown: readonly ScreenRow[]) =>
-    Array.from(shown, (row) =>
-      (row?.cells ?? [])
-        .join("")
-        .trimEnd()
-        .replace(/^\d\d:\d\d /, ""),
-    );
+    Array.from(shown, (row) => toLine(row).replace(/^\d\d:\d\d /, ""));
   const text = toLines(rows).join("\n").trimEnd(); // without the times
   const { cells } = row(y);
   const marked = [...cells.slice(0, x), ...Array(Math.max(0, x - cells.length)).fill(" "), "|"];
@@ -887,25 +871,6 @@ async function makeCertificate(
   return { cert, key, ca: await Bun.file(cert).text() };
 }
 
-/** A certificate that is valid only later: made with `openssl ca`, which takes a date. */
-async function makeFutureCertificate(): Promise<Certificate> {
-  const { cert, key } = await makeCertificate("future");
-  const request = `${folder}/future.csr`;
-  const settings = `${folder}/future.cnf`;
-  fs.writeFileSync(`${folder}/future.db`, "");
-  fs.writeFileSync(
-    settings,
-    `[ca]\ndefault_ca = one\n[one]\ndatabase = ${folder}/future.db\nrand_serial = yes
-new_certs_dir = ${folder}\ndefault_md = sha256\npolicy = any\nx509_extensions = hosts
-[any]\ncommonName = supplied\n[hosts]\nsubjectAltName = IP:127.0.0.1\n`,
-  );
-  await openssl("req", "-new", "-key", key, "-subj", "/CN=future", "-out", request);
-  const dates = ["-startdate", "20900101000000Z", "-enddate", "20910101000000Z"];
-  const files = ["-in", request, "-out", cert, "-keyfile", key, "-config", settings];
-  await openssl("ca", "-batch", "-selfsign", "-notext", ...dates, ...files);
-  return { cert, key, ca: await Bun.file(cert).text() };
-}
-
 const certificate = await makeCertificate("first");
 const renewed = await makeCertificate("second");
 
@@ -920,15 +885,14 @@ describe("text", () => {
     ["controls but the tab", `a${CONTROLS.join("")}\tb`, "a\tb"],
     ["an escape sequence, but its letters", "\u001b[31mred\u009b0m", "[31mred0m"],
     ["line separators", "a\u2028\u2029\u0085b", "ab"],
-    ["marks of direction", "a\u200e\u200f\u061cb", "ab"],
-    ["changes of direction", "a\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069b", "ab"],
+    ["direction", "a\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069", "a"],
     ["byte order marks", "\ufeffa\ufeffb", "ab"],
     ["interlinear annotations", "a\ufff9b\ufffac\ufffbd", "abcd"],
     ["tags", "a\u{e0001}\u{e0041}\u{e007f}b", "ab"],
     ["the fifth mark on a letter", `a${"\u0301\u0302".repeat(99)}b`, "a\u0301\u0302\u0301\u0302b"],
     ["marks with joiners", `a${"\u0301\u200d".repeat(9)}b`, "a\u0301\u200d\u0301\u200db"],
-    ["marks with format controls", `a${"\u0301\u070f".repeat(9)}`, "a\u0301\u070f\u0301\u070f"],
     ["marks with the invisible", `a${"\u0301\u034f".repeat(9)}b`, "a\u0301\u034f\u0301\u034fb"],
+    ["marks with format controls", `a${"\u0301\u070f".repeat(9)}`, "a\u0301\u070f\u0301\u070f"],
     ["marks over marks with a width", "\u0301\u0903".repeat(9), "\u0301\u0903".repeat(4)],
     ["the fifth enclosing mark", `a${"\u20dd".repeat(9)}`, `a${"\u20dd".repeat(4)}`],
     ["the fifth vowel of Hangul", `가${"\u1161".repeat(9)}b`, `가${"\u1161".repeat(4)}b`],
@@ -936,17 +900,9 @@ describe("text", () => {
     expect(cleanText(sent)).toBe(shown);
   });
 
-  test.each([
-    "plain text,  with two  blanks and a\ttab ",
-    "👩🏽‍🚀 👨‍👩‍👧‍👦 ❤️ 1️⃣ 🏳️‍🌈 🇩🇪",
-    "می‌روم",
-    "क्‍ष श्री ज़ेंडाया",
-    "လျှို့ဝှက်",
-    "שָׁלוֹם",
-    "Tiếng Việt, é ê\u0323",
-    "བསྒྲུབས",
-    "漢\u{e0100}字",
-  ])("stays as it is: %j", (text) => {
+  const STAYS = `plain text,  with two  blanks and a\ttab /👩🏽‍🚀 👨‍👩‍👧‍👦 ❤️ 1️⃣ 🏳️‍🌈 🇩🇪/می‌روم/क्‍ष श्री ज़ेंडाया/
+    လျှို့ဝှက်/שָׁלוֹם/Tiếng Việt, é ê\u0323/བསྒྲུབས/漢\u{e0100}字`;
+  test.each(STAYS.split(/\/\s*/))("stays as it is: %j", (text) => {
     expect(cleanText(text)).toBe(text);
   });
 });
@@ -1091,8 +1047,7 @@ describe("the room", () => {
 
 describe("joining", () => {
   test("a newcomer gets the roster of those who are here now", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     const rosterOf = async (name: string) => {
       const peer = await greeted(room);
       peer.send(`${name}\n`);
@@ -1107,19 +1062,6 @@ describe("joining", () => {
     await alice.until("* alice is now called anna");
     expect(await rosterOf("frank")).toBe("anna, carol, dave, erin");
     expect(await rosterOf("grace")).toBe("anna, carol, dave, erin, frank");
-  });
-
-  test("a stranger hears nothing of the room, and the room nothing of the stranger", async () => {
-    const room = open();
-    const alice = await enter(room, "alice");
-    const stranger = await greeted(room);
-    alice.send("anybody?\n");
-    const bob = await enter(room, "bob");
-    expect(await alice.line()).toBe("* bob has joined the chat");
-    stranger.socket.shutdown();
-    expect(await stranger.rest()).toEqual([]);
-    bob.send("hi\n");
-    expect(await alice.line()).toBe("[bob] hi");
   });
 
   test("of 300 who join at once, each gets a roster of its own and hears of all later ones", async () => {
@@ -1139,29 +1081,23 @@ describe("joining", () => {
   const HTTP = "POST / HTTP/1.1\r\nHost: x\r\n\r\nmallory\nhello\n";
   const FORGED = "2026-01-01 00:00:00 Server is shutting down";
   test.each([
-    ["two words", "two words\n", NAME_RULE, "two words"],
     ["bad UTF-8", Buffer.from([0xff, 0xfe, 10]), NAME_RULE, "\ufffd\ufffd"],
     ["controls", `"\u001b[31m\r${FORGED}\u2028\u202e\\\n`, NAME_RULE, `"[31m${FORGED}\\`],
     ["a zero byte", "b\0ob\n", NAME_RULE, "bob"],
-    ["too many letters", `${"b".repeat(500)}\n`, NAME_RULE, "b".repeat(128)],
+    ["many letters", `${"b".repeat(500)}\n`, NAME_RULE, "b".repeat(128)],
     ["much, and no newline", "x".repeat(600), NAME_RULE, null],
     ["an HTTP request", HTTP, NAME_RULE, "POST / HTTP/1.1"],
-    ["a WebSocket handshake", "GET /chat HTTP/1.1\nmallory\n", NAME_RULE, "GET /chat HTTP/1.1"],
-    ["HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmallory\n", NAME_RULE, "PRI * HTTP/2.0"],
-    ["mixed scripts", "bоb\n", SCRIPT_RULE, "bоb"],
-    ["a name in use", "ALICE\n", "* The name ALICE is taken.", "ALICE"],
     ["a look-alike", "a1ice\n", "* The name a1ice looks like one that is taken.", "a1ice"],
   ])("a first line with %s is refused, which only the log tells", async (_, bytes, why, quoted) => {
     const { room, log } = openLogged();
     const alice = await enter(room, "alice");
     const mallory = await greeted(room);
+    alice.send("a stranger hears nothing of this\n");
+    await alice.ping();
     mallory.send(bytes);
     expect(await mallory.rest()).toEqual([why]);
     const gave = quoted === null ? "" : ` It gave ${JSON.stringify(quoted)}`;
-    expect(log.slice(2)).toEqual([
-      "New connection from 127.0.0.1:PORT",
-      `Refused 127.0.0.1:PORT: ${why.slice(2)}${gave}`,
-    ]);
+    expect(log.slice(4)).toEqual([`Refused 127.0.0.1:PORT: ${why.slice(2)}${gave}`]);
     await enter(room, "bob");
     expect(await alice.line()).toBe("* bob has joined the chat");
   });
@@ -1233,8 +1169,7 @@ describe.each(BOTH_WAYS)("messages, %s", (_, openRoom) => {
 
 describe("a line", () => {
   test("is the same however its bytes are cut up, and whatever they are", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
     const random = randomNumbers(2);
     for (let round = 0; round < 40; round++) {
       const heard: string[] = [];
@@ -1277,10 +1212,7 @@ describe("a line", () => {
     expect(await bob.line()).toBe("* alice has left the chat");
   });
 
-  test.each([
-    ["\\n", "\n"],
-    ["\\r\\n", "\r\n"],
-  ])("may have 4096 bytes before %s, and not one more", async (_, ending) => {
+  test.each(["\n", "\r\n"])("may have 4096 bytes before %j, and not one more", async (ending) => {
     const [alice, bob] = await enterAll(open(), "alice", "bob");
     const longest = "é".repeat(2048);
     alice.send(`${longest}${ending}${longest}b${ending}short${ending}`);
@@ -1293,8 +1225,7 @@ describe("a line", () => {
     ["with a return at the limit", ["x".repeat(4096) + "\rhidden", "\n"]],
     ["of 9 MB", [...times(3, () => "x".repeat(3_000_000)), "\n"]],
   ])("that is too long, %s, is not sent, and the sender is told once", async (_, pieces) => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     for (const piece of pieces) {
       expect(room.memoryUsed).toBeLessThan(5_000);
       alice.send(piece);
@@ -1308,32 +1239,23 @@ describe("a line", () => {
 });
 
 describe("commands", () => {
-  test("/help lists them", async () => {
-    const alice = await enter(open(), "alice");
-    alice.send("/help\n");
-    const usages = ["/help", "/who", "/nick NAME", "/msg NAME TEXT", "/quit", "//TEXT"];
-    for (const usage of usages) expect(await alice.line()).toStartWith(`* ${usage} `);
-    expect(await alice.ping()).toEqual([]);
-  });
-
-  test("with an unknown name are explained, and // says a line that begins with a slash", async () => {
+  test("are listed by /help, and explained when they are unknown; // says a slash", async () => {
     const [alice, bob] = await enterAll(open(), "alice", "bob");
-    const unknown = ["/foo", "/", "/constructor", "/__proto__"];
-    alice.send(toText([...unknown.map((command) => `${command} bar`), "//etc/passwd", "///"]));
-    for (const command of unknown)
+    alice.send("/help\n");
+    for (const usage of ["/help", "/who", "/nick NAME", "/msg NAME TEXT", "/quit", "//TEXT"])
+      expect(await alice.line()).toStartWith(`* ${usage} `);
+    for (const command of ["/foo", "/", "/constructor", "/__proto__"]) {
+      alice.send(`${command} bar\n`);
       expect(await alice.line()).toBe(`* Unknown command ${command}. Try /help.`);
+    }
+    alice.send("//etc/passwd\n///\n");
     expect(await bob.lines(2)).toEqual(["[alice] /etc/passwd", "[alice] //"]);
-  });
-
-  test.each(["\0", "\u200e", "\ufeff", "\x1b"])(
-    "are none after an invisible %j",
-    async (invisible) => {
-      const [alice, bob] = await enterAll(open(), "alice", "bob");
+    for (const invisible of "\0\u200e\ufeff\x1b") {
       alice.send(`${invisible}/quit\n${invisible}//\n/${invisible}who\n`);
       expect(await bob.lines(2)).toEqual(["[alice] /quit", "[alice] //"]);
       expect(await alice.line()).toBe(present("alice", "bob"));
-    },
-  );
+    }
+  });
 
   test("/who names all in the order of the alphabet, whoever comes, goes and is renamed", async () => {
     const room = open();
@@ -1343,36 +1265,32 @@ describe("commands", () => {
       asker.send("/WHO\n");
       return await asker.line();
     };
-    const names = ["Zoë", "李", "a10", "Bob", "Ян", "a1", "Ängström"] as const;
-    const [zoe, li, , bob, , a1] = await enterAll(room, ...names);
-    const all = ["a1", "a10", "asker", "Ängström", "Bob", "Zoë", "Ян", "李"];
-    expect(await whoAfter("* Ängström has joined the chat")).toBe(present(...all));
+    const names = ["Zoë", "李", "a10", "Bob", "a1", "Ängström"] as const;
+    const [zoe, li, , bob] = await enterAll(room, ...names);
+    const joined = present("a1", "a10", "asker", "Ängström", "Bob", "Zoë", "李");
+    expect(await whoAfter("* Ängström has joined the chat")).toBe(joined);
     bob.send("/nick zoe\n");
-    const renamed = all.with(4, "zoe");
-    expect(await whoAfter("* Bob is now called zoe")).toBe(present(...renamed));
-    a1.socket.terminate();
-    expect(await whoAfter("* a1 has left the chat")).toBe(present(...renamed.slice(1)));
-    zoe.send("/quit\n");
-    const rest = renamed.slice(1).filter((name) => name !== "Zoë");
-    expect(await whoAfter("* Zoë has left the chat")).toBe(present(...rest));
+    const renamed = present("a1", "a10", "asker", "Ängström", "zoe", "Zoë", "李");
+    expect(await whoAfter("* Bob is now called zoe")).toBe(renamed);
+    zoe.socket.terminate();
+    const left = present("a1", "a10", "asker", "Ängström", "zoe", "李");
+    expect(await whoAfter("* Zoë has left the chat")).toBe(left);
     li.send("/nick a\n");
-    expect(await whoAfter("* 李 is now called a")).toBe(present("a", ...rest.slice(0, -1)));
+    const first = present("a", "a1", "a10", "asker", "Ängström", "zoe");
+    expect(await whoAfter("* 李 is now called a")).toBe(first);
   });
 
   test("/nick gives another name, which everybody hears, or says why it does not", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     alice.send("before\n/nick Ａnna\nafter\n");
     const heard = ["[alice] before", "* alice is now called Anna", "[Anna] after"];
     expect(await bob.lines(3)).toEqual(heard);
     expect(await alice.line()).toBe("* alice is now called Anna");
     await enter(room, "alice"); // the old name is free
 
-    alice.send("/nick BOB\n/nick no!\n/nick\n/nick \n/nick Anna\n/nick two words\n/nick anna\n");
-    expect((await alice.lines(8)).slice(1)).toEqual([
+    alice.send("/nick BOB\n/nick \n/nick Anna\n/nick two words\n/nick anna\n");
+    expect((await alice.lines(6)).slice(1)).toEqual([
       "* The name BOB is taken.",
-      NAME_RULE,
-      "* Say it like this: /nick NAME",
       "* Say it like this: /nick NAME",
       "* You are called Anna already.",
       NAME_RULE,
@@ -1387,16 +1305,13 @@ describe("commands", () => {
     expect(await bob.lines(3)).toEqual(["[alice] one", "[alice -> bob] psst,  you", "[alice] two"]);
     expect(await carol.lines(2)).toEqual(["[alice] one", "[alice] two"]);
     expect(await alice.line()).toBe("[alice -> bob] psst,  you");
-    expect(log.slice(-2)).toEqual([
-      "Received message from alice: one",
-      "Received message from alice: two",
-    ]);
+    const logged = ["one", "two"].map((text) => `Received message from alice: ${text}`);
+    expect(log.slice(-2)).toEqual(logged);
 
-    alice.send("/msg alice note\n/msg b0b hi\n/msg bob\n/msg\n");
-    expect(await alice.lines(4)).toEqual([
+    alice.send("/msg alice note\n/msg b0b hi\n/msg bob\n");
+    expect(await alice.lines(3)).toEqual([
       "[alice -> alice] note",
       "* Nobody here is called b0b.", // it only looks like bob
-      "* Say it like this: /msg NAME TEXT",
       "* Say it like this: /msg NAME TEXT",
     ]);
   });
@@ -1431,8 +1346,7 @@ describe("leaving", () => {
 
   test("a late leaver still has a minute to read what is left", async () => {
     jest.useFakeTimers();
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     jest.advanceTimersByTime(59_500);
     bob.send("/quit\n");
     expect(await alice.line()).toBe("* bob has left the chat");
@@ -1444,19 +1358,6 @@ describe("leaving", () => {
     jest.advanceTimersByTime(7_000);
     expect(await bob.closed.promise).toBeInstanceOf(Error);
   });
-
-  test("by a FIN and a reset at once leaves nothing in memory", async () => {
-    const room = open();
-    const alice = await enter(room, "alice");
-    const crowd = await enterTogether(room, called("user", 200));
-    for (const peer of crowd) peer.send("hello\nhalf a line");
-    for (const peer of crowd) peer.socket.shutdown();
-    for (const peer of crowd) peer.socket.terminate();
-    for (const _ of crowd) await alice.until(/ has left the chat/);
-    await alice.ping();
-    expect([namesIn(room), room.memoryUsed]).toEqual([["alice"], 0]);
-    await enter(room, "user0"); // the names are free
-  });
 });
 
 // --- 6. Slow, fast and many --------------------------------------------------------------------
@@ -1466,14 +1367,10 @@ const MIB = 1024 * 1024;
 describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
   test("may lag behind by less than 1 MiB for long, and by more than that for ten seconds", async () => {
     jest.useFakeTimers();
-    const room = openRoom();
-    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
-    for (const [bytes, time] of [
-      [900_000, 50_000],
-      [3_000_000, 9_000],
-    ] as const) {
+    const [room, alice, bob, carol] = await gather(openRoom(), "alice", "bob", "carol");
+    for (const bytes of [900_000, 3_000_000]) {
       const said = await lagBehind(room, alice, carol, bytes);
-      jest.advanceTimersByTime(time);
+      jest.advanceTimersByTime(bytes < MIB ? 50_000 : 9_000);
       carol.socket.resume();
       expect(await carol.lines(said.length)).toEqual(said);
       expect(await bob.lines(said.length)).toEqual(said);
@@ -1488,8 +1385,13 @@ describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
   });
 
   test("is disconnected at 8 MiB, and the others lose nothing, even with another one", async () => {
-    const room = openRoom();
-    const [alice, carol, dave, bob] = await enterAll(room, "alice", "carol", "dave", "bob");
+    const [room, alice, carol, dave, bob] = await gather(
+      openRoom(),
+      "alice",
+      "carol",
+      "dave",
+      "bob",
+    );
     const said = await lagBehind(room, alice, carol, MIB);
     dave.socket.pause(); // and will be the second one to be disconnected
     said.push(...(await lagBehind(room, alice, carol, 8 * MIB - 200_000)));
@@ -1504,15 +1406,12 @@ describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
     }
     const heard = await bob.lines(said.length + 2);
     expect(heard.filter((line) => line.startsWith("["))).toEqual(said);
-    expect(heard.filter((line) => line.startsWith("*")).toSorted()).toEqual([
-      "* carol has left the chat (too slow)",
-      "* dave has left the chat (too slow)",
-    ]);
+    const leavers = heard.filter((line) => line.endsWith(" has left the chat (too slow)"));
+    expect(leavers).toHaveLength(2);
   });
 
   test("may half-close, and still gets all that was said before, to the last byte", async () => {
-    const room = openRoom();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(openRoom(), "alice", "bob");
     const said = await lagBehind(room, alice, bob, 500_000);
     bob.socket.shutdown();
     expect(await alice.line()).toBe("* bob has left the chat");
@@ -1523,8 +1422,7 @@ describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
 
 describe("a slow reader", () => {
   test("is not one who has kept up, when a single batch is larger than the limit", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "a".repeat(32), "bob");
+    const [room, alice, bob] = await gather(open(), "a".repeat(32), "bob");
     bob.socket.pause();
     alice.send("x\n".repeat(200_000));
     while (!(queued(room, "bob") > MIB)) await alice.ping();
@@ -1532,18 +1430,14 @@ describe("a slow reader", () => {
   });
 
   test("gets no more private messages than 16 KiB from one sender, who is told", async () => {
-    const room = open();
-    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
+    const [room, alice, bob, carol] = await gather(open(), "alice", "bob", "carol");
     await lagBehind(room, alice, carol, 1);
     const before = queued(room, "carol");
-    for (let number = 0; number < 100; number++) {
+    for (let number = 0; number < 100; number++)
       alice.send(`/msg carol ${number} ${"p".repeat(1000)}\n`);
-      await alice.line();
-    }
+    await alice.until("* Your private messages are not being read. This one was not sent.");
+    await alice.ping();
     expect(queued(room, "carol") - before).toBeWithin(16_000, 20_000);
-    alice.send("/msg carol more\n");
-    const refusal = "* Your private messages are not being read. This one was not sent.";
-    expect(await alice.line()).toBe(refusal);
 
     // This is no matter of others, nor of the rest that alice has to say.
     bob.send("/msg carol and this\n");
@@ -1614,8 +1508,7 @@ describe("a fast sender", () => {
     ["a flood after /quit", "/quit\n", "x"],
   ])("with %s is not read from without end", async (_, first, piece) => {
     jest.useFakeTimers();
-    const room = open({ rate: 10 });
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open({ rate: 10 }), "alice", "bob");
     alice.send(first);
     const megabyte = Buffer.alloc(1_000_000, piece);
     let sent = 0;
@@ -1644,7 +1537,11 @@ describe("many people", () => {
     for (let round = 1; round <= 3; round++) {
       for (const peer of crowd) peer.send(text);
       const totals = lengths.map((own, place) => (before[place] ?? 0) + round * (sum - own));
-      await Promise.all(crowd.map((peer, place) => peer.bytes(totals[place] ?? 0)));
+      const arrived = crowd.map((peer, place) =>
+        peer.when(() => peer.total >= (totals[place] ?? 0) || !peer.isOpen || undefined),
+      );
+      await Promise.all(arrived);
+      expect(crowd.map(({ total }) => total)).toEqual(totals);
     }
     expect(memory(server.pid, "VmHWM")).toBeLessThan(150 * 1024);
   });
@@ -1726,7 +1623,7 @@ describe("a budget", () => {
   async function flood(room: Server, people: number, prefix: string): Promise<Peer[]> {
     const crowd = await enterTogether(room, called(prefix, people));
     for (const peer of crowd) peer.send("spam\n".repeat(400));
-    await Promise.all(crowd.map((peer) => peer.sent()));
+    await Promise.all(crowd.map((peer) => peer.when(() => peer.isSent || undefined)));
     await turns(50);
     return crowd;
   }
@@ -1881,7 +1778,7 @@ describe("places", () => {
     const comeAndGo = async (number: number) => {
       const peer = await greeted(room);
       const name = number % 3 > 0 ? `guest${number}` : "";
-      peer.send(name && `${name}\n`);
+      peer.send(name && `${name}\nhello\n`);
       if (name) await peer.line();
       if (number % 2 > 0) peer.socket.terminate();
       else peer.send(name ? "/quit\n" : "\n");
@@ -1892,6 +1789,7 @@ describe("places", () => {
       await Promise.all(times(20, comeAndGo));
       for (let left = 0; left < 13; left++) await alice.until(/ has left the chat$/);
     }
+    expect([namesIn(room), room.memoryUsed]).toEqual([["alice"], 0]);
   });
 
   test("are lost by a stranger who gives no name within a minute", async () => {
@@ -1902,13 +1800,12 @@ describe("places", () => {
     jest.advanceTimersByTime(59_000);
     const late = await greeted(room);
     jest.advanceTimersByTime(2_000);
-    const unfinished = "* Your name did not end with a newline within a minute.";
-    expect(await silent.rest()).toEqual(["* You gave no name within a minute."]);
-    expect(await endless.rest()).toEqual([unfinished]);
-    expect(log.slice(-2)).toEqual([
-      "Refused 127.0.0.1:PORT: You gave no name within a minute.",
-      "Refused 127.0.0.1:PORT: Your name did not end with a newline within a minute.",
-    ]);
+    const none = "You gave no name within a minute.";
+    const unfinished = "Your name did not end with a newline within a minute.";
+    expect(await silent.rest()).toEqual([`* ${none}`]);
+    expect(await endless.rest()).toEqual([`* ${unfinished}`]);
+    const refused = [none, unfinished].map((why) => `Refused 127.0.0.1:PORT: ${why}`);
+    expect(log.slice(-2)).toEqual(refused);
     late.send("bob\n");
     expect(await late.line()).toBe("* The room contains: ");
 
@@ -1918,32 +1815,26 @@ describe("places", () => {
     await enter(room, "carol");
   });
 
-  test.each([
-    ["0.0.0.0", 64],
-    ["127.0.0.1", 70],
-    ["localhost", 70],
-    ["LOCALHOST", 70],
-    ["::ffff:127.0.0.1", 70],
-  ])("on %s are %d for 70 of one address, unless told otherwise", async (host, count) => {
-    const room = open({ host });
-    const crowd = await Promise.all(times(70, () => Peer.connect(room)));
-    const first = await Promise.all(crowd.map((peer) => peer.line()));
-    expect(first.filter((line) => line === WELCOME)).toHaveLength(count);
-    expect(first.filter((line) => line === TOO_MANY)).toHaveLength(70 - count);
-  });
+  const LOOPBACK = ["127.0.0.1", "localhost", "LOCALHOST", "::ffff:127.0.0.1"];
+  test.each(["0.0.0.0", ...LOOPBACK])(
+    "are 64 for one address, and unlimited on a loopback: %s",
+    async (host) => {
+      const room = open({ host });
+      const crowd = await Promise.all(times(70, () => Peer.connect(room)));
+      const first = await Promise.all(crowd.map((peer) => peer.line()));
+      const count = LOOPBACK.includes(host) ? 70 : 64;
+      expect(first.filter((line) => line === WELCOME)).toHaveLength(count);
+      expect(first.filter((line) => line === TOO_MANY)).toHaveLength(70 - count);
+    },
+  );
 
-  test.each([
-    ["127.0.0.1", "127.0.0.1"],
-    ["::ffff:127.0.0.1", "127.0.0.1"],
-    ["::FFFF:192.0.2.7", "192.0.2.7"],
-    ["2001:db8:1:2:3:4:5:6", "2001:db8:1:2"],
-    ["2001:db8:1:2::6", "2001:db8:1:2"],
-    ["2001:db8::6", "2001:db8:0:0"],
-    ["2001:db8::1:2:3:4:5", "2001:db8:0:1"],
-    ["::1", "0:0:0:0"],
-    ["fe80::1%eth0", "fe80:0:0:0"],
-  ])("are counted by address: %s is %s", (host, key) => {
-    expect(addressKey(host)).toBe(key);
+  const KEYS = `
+    127.0.0.1 = 127.0.0.1; ::ffff:127.0.0.1 = 127.0.0.1; ::FFFF:192.0.2.7 = 192.0.2.7;
+    2001:db8:1:2:3:4:5:6 = 2001:db8:1:2; 2001:db8:1:2::6 = 2001:db8:1:2; 2001:db8::6 = 2001:db8:0:0;
+    2001:db8::1:2:3:4:5 = 2001:db8:0:1; ::1 = 0:0:0:0; fe80::1%eth0 = fe80:0:0:0`;
+  test.each(rowsOf(KEYS))("are counted by address: %s", (row) => {
+    const [host = "", key] = row.split(" = ");
+    expect(addressKey(host)).toBe(`${key}`);
   });
 });
 
@@ -1951,8 +1842,7 @@ describe("places", () => {
 
 describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
   test("tells everybody, closes, and leaves the port free at once", async () => {
-    const room = openRoom();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(openRoom(), "alice", "bob");
     const stranger = await greeted(room);
     const stopped = room.stop();
     for (const peer of [alice, bob, stranger]) {
@@ -1963,23 +1853,8 @@ describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
     await enter(openRoom({ port: room.port }), "alice");
   });
 
-  test("under load delivers all that was sent before, to everybody", async () => {
-    const room = openRoom();
-    const crowd = await enterAll(room, ...called("user", 30));
-    for (const peer of crowd) peer.send(toText(numbered(100)));
-    const stopped = room.stop();
-    for (const peer of crowd) {
-      const lines = await peer.rest();
-      expect(lines).toHaveLength(29 * 100 + 1);
-      expect(lines.at(-1)).toBe(SHUTDOWN);
-      peer.socket.end();
-    }
-    await stopped;
-  });
-
   test("sends a slow reader's queue to its end", async () => {
-    const room = openRoom();
-    const [alice, carol] = await enterAll(room, "alice", "carol");
+    const [room, alice, carol] = await gather(openRoom(), "alice", "carol");
     const said = await lagBehind(room, alice, carol, 1024 * 1024 - 4100);
     // Now to the very byte: the notice of the shutdown does not fit any more.
     const text = "z".repeat(MIB - queued(room, "carol") - "[alice] \n".length);
@@ -1996,8 +1871,7 @@ describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
 
   test("is not held up by a flood that is held back, whose sender is told of the loss", async () => {
     jest.useFakeTimers();
-    const room = openRoom({ rate: 10 });
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(openRoom({ rate: 10 }), "alice", "bob");
     alice.send("flood\n".repeat(50_000));
     await bob.lines(NEWCOMER_LINES);
     for (const peer of [alice, bob]) void peer.ended.promise.then(() => peer.socket.shutdown());
@@ -2118,7 +1992,6 @@ describe.concurrent("bun server.ts", () => {
   const { cert, key } = certificate;
   test.each([
     ["--port banana", 2, /^--port takes a number from 0 to 65535, not "banana"/],
-    ["--port 65536", 2, /^--port takes a number/],
     ["--port", 2, /^Option '--port <value>' argument missing/],
     ["--rate -1", 2, /^Option '--rate' argument is missing, or begins with -\./],
     ["--max-clients 0", 2, /^--max-clients takes a number from 1/],
@@ -2126,17 +1999,12 @@ describe.concurrent("bun server.ts", () => {
     ["--foo", 2, /^Unknown option '--foo'/],
     ["foo", 2, /^Unexpected argument 'foo'/],
     ["--host 192.0.2.1", 1, /^This machine has no such address/],
-    ["--host no.such.host.invalid", 1, /^This machine has no such address/],
     [`--tls-cert ${cert}`, 2, /^--tls-cert and --tls-key go together\. See/],
-    [`--tls-key ${key}`, 2, /^--tls-cert and --tls-key go together\. See/],
     ["--tls-key=", 2, /^--tls-cert and --tls-key go together\. See/],
-    ["--tls-cert= --tls-key=", 1, /^The certificate or the key is not in PEM/],
     [`--tls-cert ${folder}/none --tls-key ${key}`, 1, /^The file .*\/none cannot be read\./],
     [`--tls-cert ${cert} --tls-key ${folder}/none`, 1, /^The file .*\/none cannot be read/],
-    [`--tls-cert ${cert} --tls-key ${folder}`, 1, /not in PEM/],
     [`--tls-cert ${cert} --tls-key ${renewed.key}`, 1, /^The key does not belong to the cert/],
     [`--tls-cert ${JUNK} --tls-key ${key}`, 1, /^The certificate or the key is not in PEM/],
-    [`--tls-cert ${cert} --tls-key ${cert}`, 1, /^The certificate or the key is not in PEM/],
     [`--tls-cert ${cert} --tls-key ${EMPTY}`, 2, /empty file/],
   ])("with %s says in one line what is wrong, and exits with %d", async (options, code, reason) => {
     await Promise.all([Bun.write(JUNK, "no certificate\n"), Bun.write(EMPTY, "")]);
@@ -2171,15 +2039,11 @@ describe.concurrent("bun server.ts", () => {
     return await serveBy(["bash", "-c", `exec 3<&0; ${command}`]);
   }
 
-  test.each([
-    ["closed", "head -n 1"],
-    ["not read", "head -n 1; read -r -u 3"],
-  ])("goes on, and ends by SIGTERM, when its standard output is %s", async (_, reader) => {
-    const server = await serveInto(reader);
+  test("goes on, and ends by SIGTERM, when its standard output is closed", async () => {
+    const server = await serveInto("head -n 1");
     const [alice, bob] = await enterAll(server, "alice", "bob");
-    const lines = times(400, (number) => `${number} ${"t".repeat(4000)}`);
-    alice.send(toText(lines));
-    expect(await bob.lines(400)).toEqual(lines.map((line) => `[alice] ${line}`));
+    alice.send(toText(numbered(400)));
+    expect(await bob.lines(400)).toEqual(numbered(400, "alice"));
     await stillServes(server, alice, bob);
     server.child.kill("SIGTERM");
     for (const peer of [alice, bob]) {
@@ -2234,21 +2098,6 @@ describe.concurrent("bun server.ts", () => {
     await stillServes(server, alice, bob);
   });
 
-  test("does not mind connections that are reset before it accepts them", async () => {
-    const server = await serve("--rate", "0");
-    const alice = await enter(server, "alice");
-    server.child.kill("SIGSTOP");
-    const sockets = times(20, () => createConnection(server.port, "127.0.0.1"));
-    await Promise.all(sockets.map((socket) => once(socket, "connect")));
-    for (const socket of sockets) socket.resetAndDestroy();
-    server.child.kill("SIGCONT");
-    await alice.ping();
-    server.child.kill("SIGTERM");
-    await alice.rest();
-    alice.socket.end();
-    expect(await server.result()).toMatchObject({ code: 0, err: "" });
-  });
-
   test("ends in good order, with exit code 1, by an exception that nobody can explain", async () => {
     const fail = 'setTimeout(() => { throw new Error("on purpose") })';
     const code = `process.on("SIGUSR2", () => ${fail}); (await import("./server.ts")).main();`;
@@ -2272,9 +2121,6 @@ describe.concurrent("bun server.ts", () => {
 
 const FAMILY = "👨‍👩‍👧"; // three people and two joiners: one character to a person
 const FLAGS = "🇩🇪🇫🇷";
-
-/** Rows of a table that stand in a text, several to a line, with semicolons between them. */
-const rowsOf = (table: string) => table.trim().split(/;\s+/);
 
 describe("the lines of the client", () => {
   test("are the same however their bytes are cut", () => {
@@ -2335,20 +2181,6 @@ describe("the lines of the client", () => {
 });
 
 describe("wrapping", () => {
-  test.each([
-    ["between words, under the text", "one two three", 8, 18, "one two/........three"],
-    ["wide characters", "漢字 漢字 漢字", 4, 13, "漢字 漢字/....漢字"],
-    ["no wider than wide characters", "漢字 漢字 漢字", 4, 12, "漢字/....漢字/....漢字"],
-    ["blanks that pad a row", `hi${" ".repeat(30)}* x`, 4, 20, "hi/....* x"],
-    ["tabs that pad a row", "hi\t\t\t\t* x", 4, 20, "hi/....* x"],
-    ["a long word, which the terminal wraps", "a xxx.xxxx.xxx b", 4, 14, "a xxx.xxxx.xxx/....b"],
-    ["blanks in disguise", "漢\u3000\u3000\u3000*x", 4, 11, "漢/....\u3000*x"],
-  ])("%s", (_, text, start, columns, wanted) => {
-    const rows = wrapText(text, start, start, columns).split("\n");
-    const shown = rows.map((row) => row.replace(/^ +/, (blank) => ".".repeat(blank.length)));
-    expect(shown.map((row) => row.trimEnd()).join("/")).toBe(wanted);
-  });
-
   test("loses no word, and lets no row begin at the left, whatever the text", () => {
     const random = randomNumbers(3);
     const parts = `a|word| |   |漢字|\t|${FAMILY}|\u00a0|\u3000|*|\u2800`.split("|");
@@ -2371,9 +2203,7 @@ describe("rows of what is typed", () => {
   test.each([
     ["abcdefghij|", ["abcdefghij", ""], 1, ""],
     ["abcdefghi|j", ["abcdefghij"], 0, "abcdefghi"],
-    ["|abcdefghijk", ["abcdefghij", "k"], 0, ""],
     ["abcdefghij|k", ["abcdefghij", "k"], 1, ""],
-    ["abcdefghi漢|", ["abcdefghi", "漢"], 1, "漢"],
     ["abcdefghi|漢", ["abcdefghi", "漢"], 1, ""],
     [`12345678${FLAGS}|x`, ["12345678🇩🇪", "🇫🇷x"], 1, "🇫🇷"],
     [`1234567${FAMILY}${FAMILY}|`, [`1234567${FAMILY}`, FAMILY], 1, FAMILY],
@@ -2510,14 +2340,6 @@ describe("the menu", () => {
     const [, ...said] = server.heard.text.split("joined: ");
     const round = /^Alex\n(Alex: Hello everyone!\n)?end of Alex\nclosed Alex\n/;
     expect(said.map((words) => round.test(words))).toEqual([true, true]);
-  });
-
-  test("takes what is typed ahead, and 2 ends the program", async () => {
-    const server = budgetChat();
-    const alex = inTerminal(client(server.port));
-    alex.type("1\rＡlex\rone\rtwo\rq\r2\r"); // the first letter is a wide one
-    await server.heard.until("joined: Alex\nAlex: one\nAlex: two\nend of Alex\n");
-    await alex.ends(0, "Exiting the program.\r\n");
   });
 
   test("is ended by an empty line, but not by a paste, with or without brackets", async () => {
@@ -2843,14 +2665,15 @@ describe("typing", () => {
     await offers("@z\t", "@zoe ");
   });
 
-  test("brings back what was said, and nothing of the menu", async () => {
+  test("brings back what was said, and nothing of the menu, which 2 ends", async () => {
     const server = budgetChat();
     const alex = inTerminal(client(server.port));
-    await alex.press("1\rAlex\r", "You: |");
-    alex.type("first\rsecond\rdraft\x1b[A\x1b[A\x1b[A!\r");
-    await server.heard.until("second\nAlex: first!\n");
-    alex.type("dr\x1b[A\x1b[Baft\r");
-    await server.heard.until("Alex: draft\n");
+    await alex.press("1\rＡlex\r", "You: |"); // the first letter is a wide one
+    alex.type("one\rtwo\rdraft\x1b[A\x1b[A\x1b[A!\r");
+    await server.heard.until("joined: Alex\nAlex: one\nAlex: two\nAlex: one!\n");
+    alex.type("dr\x1b[A\x1b[Baft\rq\r2\r");
+    await server.heard.until("Alex: draft\nend of Alex\n");
+    await alex.ends(0, "Exiting the program.\r\n");
   });
 
   test("a blank line ends nothing when more input follows", async () => {
@@ -3109,18 +2932,15 @@ describe("a foreign server", () => {
     await server.heard.until("joined: Alex\n");
   });
 
-  test("shows who is here in its own words, and Tab knows them", async () => {
-    const server = budgetChat({ roster: "* Here are: Willi, bob" });
-    const alex = inTerminal(hastyClient(server.port, "--name", "Alex"));
-    await alex.shows("* Here are: Willi, bob\nYou: |");
-    alex.type("w\thi\r");
-    await server.heard.until("Alex: Willi: hi\n");
-  });
-
-  test("that talks at once, without a roster, is a room as well", async () => {
-    const server = budgetChat({ roster: "[bob] oh, Alex" });
-    const alex = inTerminal(pacedClient({ doubt: 60_000 }, server.port, ["--name", "Alex"]));
-    await alex.shows("[bob] oh, Alex\nYou: |");
+  test("may have no roster, or one in its own words, and Tab knows who is in it", async () => {
+    for (const roster of ["[Willi] oh, Alex", "* Here are: Willi, bob"]) {
+      const server = budgetChat({ roster });
+      const pace = { doubt: roster.startsWith("[") ? 60_000 : 50 };
+      const alex = inTerminal(pacedClient(pace, server.port, ["--name", "Alex"]));
+      await alex.shows(`${roster}\nYou: |`);
+      alex.type("w\thi\r");
+      await server.heard.until("Alex: Willi: hi\n");
+    }
   });
 });
 
@@ -3172,9 +2992,8 @@ describe("the client and the server", () => {
     sam.type("/msg ale\tpsst\r");
     await alex.out.until("[Sam -> Alex] psst");
     await sam.out.until("[Sam -> Alex] psst");
-    kim.send("/nick Kimberly\nhi\n");
+    kim.send("/nick Kimberly\n");
     await alex.out.until("* Kim is now called Kimberly\r\n");
-    await alex.out.until("[Kimberly] hi");
     sam.child.kill("SIGKILL");
     await alex.out.until("* Sam has left the chat");
     alex.type("/help\r");
@@ -3192,23 +3011,16 @@ describe("the client in a pipe", () => {
   const roster = "* The room contains: bob, carol\n";
   const LOST = "The last lines may be lost.\n";
 
-  test("sends each line, and its output is what the room says", async () => {
+  test("sends each line up to /quit, and its output is what the room says", async () => {
     const server = budgetChat({ greeting: "Who are you?" });
     const alex = inPipe(client(server.port));
     alex.type(" Alex \n\none\n  \nq\r\n/who\n/ignore bob\n");
     await server.heard.until("joined: Alex\nAlex: one\nAlex: q\nAlex: /who\nAlex: /ignore bob\n");
     server.say("[bob] hi\x1b[31m", "* x has joined the chat", "* y has joined the chat");
-    alex.end("two");
+    alex.type("two\n/QUIT\nthree\n");
     await server.heard.until("Alex: two\nend of Alex\n");
     const out = `${roster}[bob] hi[31m\n* x has joined the chat\n* y has joined the chat\n`;
     expect(await alex.result()).toEqual({ code: 0, out, err: "" });
-  });
-
-  test("ends at /quit, and sends nothing after it", async () => {
-    const { alex, server } = inPipeWith();
-    alex.type("one\n/QUIT\ntwo\n");
-    await server.heard.until("joined: Alex\nAlex: one\nend of Alex\n");
-    expect(await alex.result()).toEqual({ code: 0, out: roster, err: "" });
   });
 
   test("50,000 lines arrive complete and in order", async () => {
@@ -3273,14 +3085,13 @@ describe("the client in a pipe", () => {
   });
 
   test("connects again, sends the rest, and fails if lines may be lost", async () => {
-    const server = budgetChat();
     const lost = "Trying again in 1 s.\n";
-    const silent = inPipe(hastyClient(server.port, "--name", "Silent"));
+    const { alex: silent, server } = inPipeWith({}, hastyClient);
     await silent.out.until("The room contains");
     server.drop();
     await silent.err.until(`Connection lost. ${lost}`);
     silent.end("one\n");
-    await server.heard.until("joined: Silent\nSilent: one\nend of Silent\n");
+    await server.heard.until("joined: Alex\nAlex: one\nend of Alex\n");
     expect(await silent.result()).toMatchObject({ code: 0, err: `Connection lost. ${lost}` });
 
     const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
@@ -3424,7 +3235,31 @@ describe("the client under TLS", () => {
     const expired = { ...certificate, cert: `${folder}/expired-cert.pem` };
     const signing = ["x509", "-in", certificate.cert, "-signkey", certificate.key];
     await openssl(...signing, "-days", "-1", "-out", expired.cert);
-    const future = await makeFutureCertificate();
+    // Only `openssl ca` takes a date, and it wants a database.
+    const future = { ...certificate, cert: `${folder}/future-cert.pem` };
+    const settings = `[ca]\ndefault_ca = one\n[one]\ndatabase = ${folder}/db\nrand_serial = yes
+      new_certs_dir = ${folder}\ndefault_md = sha256\npolicy = any\nx509_extensions = hosts
+      [any]\ncommonName = supplied\n[hosts]\nsubjectAltName = IP:127.0.0.1`;
+    await Promise.all([Bun.write(`${folder}/db`, ""), Bun.write(`${folder}/cnf`, settings)]);
+    const later = ["-startdate", "20900101000000Z", "-enddate", "20910101000000Z"];
+    const own = [
+      "-ss_cert",
+      certificate.cert,
+      "-cert",
+      certificate.cert,
+      "-keyfile",
+      certificate.key,
+    ];
+    await openssl(
+      "ca",
+      "-batch",
+      "-config",
+      `${folder}/cnf`,
+      ...own,
+      ...later,
+      "-out",
+      future.cert,
+    );
     for (const [shown, trust, reason] of [
       [certificate, ["--tls"], /Its certificate is self-signed: /],
       [expired, ["--ca", expired.cert], /Its certificate has expired: /],
@@ -3489,26 +3324,14 @@ describe("a room with TLS", () => {
     expect(log.at(-1)).toBe(late);
   });
 
-  test.each([
-    ["-tls1_2", true],
-    ["-tls1_3", true],
-    ["-tls1_1", false],
-  ])("openssl s_client %s enters it: %p", async (version, isWelcome) => {
-    const room = openTls();
-    const alice = await enter(room, "alice");
-    const command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-quiet"];
-    const bob = inPipe([...command, "-connect", `127.0.0.1:${room.port}`]);
-    if (!isWelcome) {
-      const { code, out } = await bob.result();
-      expect(code).not.toBe(0);
-      expect(out).toBe("");
-      return;
+  test("takes TLS 1.2 and newer, and nothing older, from openssl s_client", async () => {
+    const { port } = openTls();
+    for (const version of ["-tls1_2", "-tls1_3", "-tls1_1"]) {
+      const command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-quiet"];
+      const bob = inPipe([...command, "-connect", `127.0.0.1:${port}`]);
+      if (version === "-tls1_1") expect(await bob.result()).toMatchObject({ code: 1, out: "" });
+      else await bob.out.until(WELCOME);
     }
-    await bob.out.until("Welcome");
-    bob.type("bob\nhello\n");
-    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
-    alice.send("hello bob\n");
-    await bob.out.until("[alice] hello bob");
   });
 
   test("reads its certificate again by SIGHUP, for newcomers; nobody inside notices", async () => {
@@ -3516,23 +3339,18 @@ describe("a room with TLS", () => {
     fs.copyFileSync(certificate.cert, current.cert);
     fs.copyFileSync(certificate.key, current.key);
     const server = await serve("--tls-cert", current.cert, "--tls-key", current.key);
-    const { port } = server;
-    const old = { port, ca: certificate.ca };
+    const old = { port: server.port, ca: certificate.ca };
     const alice = await enter(old, "alice");
 
     fs.copyFileSync(renewed.cert, current.cert); // the key is still the old one
     server.child.kill("SIGHUP");
     await server.err.until(/The certificate stays as it was\. The key does not belong/);
     await enter(old, "bob");
-    fs.writeFileSync(current.cert, "no certificate\n");
-    server.child.kill("SIGHUP");
-    await server.err.until(/The certificate stays as it was\. .* not in PEM/);
-
     fs.copyFileSync(renewed.cert, current.cert);
     fs.copyFileSync(renewed.key, current.key);
     server.child.kill("SIGHUP");
     await server.out.until("The certificate has been read again");
-    const carol = await enter({ port, ca: renewed.ca }, "carol");
+    const carol = await enter({ ...old, ca: renewed.ca }, "carol");
     const distrustful = await Peer.connect(old);
     await distrustful.ended.promise;
     expect(distrustful.total).toBe(0);
@@ -3646,7 +3464,8 @@ describe("a machine that has vanished", () => {
       dave: [2, 0, 56_000], // has been silent, and now a packet or two to him have been lost
       erin: [6, 0, 54_000], // may come back yet
     };
-    const names = new Map(Array.from(descriptors(room), ([name, fd]) => [fd, name]));
+    const clients = room.clients as unknown as { name: string; socket: { fd: number } }[];
+    const names = new Map(clients.map(({ name, socket }) => [socket.fd, name]));
     let looks = 0;
     globalThis.tcpInfo = (fd, info, result) => {
       looks++;
@@ -3674,17 +3493,11 @@ describe("a machine that has vanished", () => {
   test("is asked by the kernel whether it is still there", async () => {
     const room = open();
     await enter(room, "alice");
-    const { symbols } = dlopen("libc.so.6", {
-      getsockopt: { args: ["int", "int", "int", "buffer", "buffer"], returns: "int" },
-    });
-    const option = (level: number, name: number) => {
-      const value = new Uint32Array(1);
-      const fd = descriptors(room).get("alice") ?? -1;
-      symbols.getsockopt(fd, level, name, value, Uint32Array.of(4));
-      return value[0];
-    };
-    const [SOL_SOCKET, SO_KEEPALIVE, IPPROTO_TCP, TCP_KEEPIDLE] = [1, 9, 6, 4];
-    expect(option(SOL_SOCKET, SO_KEEPALIVE)).toBe(1);
-    expect(option(IPPROTO_TCP, TCP_KEEPIDLE)).toBe(45); // s
+    // A timer of the kind 02, with hundredths of a second, once nothing is on its way any more.
+    const port = room.port.toString(16).toUpperCase().padStart(4, "0");
+    const timer = RegExp(`: 0100007F:${port} \\S+ 01 \\S+ 02:(\\S+) `);
+    const look = () => timer.exec(fs.readFileSync("/proc/net/tcp", "latin1"));
+    while (!look()) await turns(1);
+    expect(Number(`0x${look()?.[1]}`)).toBeWithin(4000, 4501);
   });
 });
