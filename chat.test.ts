@@ -29,17 +29,7 @@
  *  13. Faults
  */
 
-import {
-  afterAll,
-  afterEach,
-  beforeEach,
-  describe,
-  expect,
-  jest,
-  mock,
-  setDefaultTimeout,
-  test,
-} from "bun:test";
+import { afterAll, afterEach, beforeEach, describe, expect, jest, mock, test } from "bun:test";
 import { once } from "node:events";
 import fs from "node:fs";
 import { createConnection } from "node:net";
@@ -89,19 +79,14 @@ function times<T>(count: number, make: (number: number) => T): T[] {
 }
 
 /** "user0", "user1" and so on, for names. */
-function called(name: string, count: number): string[] {
-  return times(count, (number) => `${name}${number}`);
-}
+const called = (name: string, count: number) => times(count, (number) => `${name}${number}`);
 
 /** "line 0", "line 1" and so on, as `by` says them. */
-function numbered(count: number, by = ""): string[] {
-  return times(count, (number) => `${by && `[${by}] `}line ${number}`);
-}
+const numbered = (count: number, by = "") =>
+  times(count, (number) => `${by && `[${by}] `}line ${number}`);
 
 /** Lines as they are sent. */
-function toText(lines: readonly string[]): string {
-  return lines.map((line) => `${line}\n`).join("");
-}
+const toText = (lines: readonly string[]) => lines.map((line) => `${line}\n`).join("");
 
 /** Numbers from 0 up to a limit, the same on every run (mulberry32). */
 function randomNumbers(seed: number): (limit: number) => number {
@@ -125,9 +110,7 @@ function memory(pid: number, field: "VmRSS" | "VmHWM"): number {
 const cleanups: (() => unknown)[] = []; // run after each test, the last one first
 let running = 0; // tests; those of a `describe.concurrent` are cleaned up after together
 
-beforeEach(() => {
-  running++;
-});
+beforeEach(() => void running++);
 
 afterEach(async () => {
   if (--running > 0) return;
@@ -156,7 +139,7 @@ class Watched {
   }
 }
 
-setDefaultTimeout(15_000); // ms that a test may take, on a slow machine with others at the same time
+jest.setTimeout(15_000); // ms that a test may take, on a slow machine with others at the same time
 const DEADLINE = 14_000; // ms that a test waits for a text: less, so that it can tell what is missing
 
 /** A growing text: the output of a program, or what a server has heard. */
@@ -269,14 +252,11 @@ function openLogged(options: Partial<ServerOptions> = {}, openRoom = open) {
 }
 
 /** The names of those in the room, sorted. */
-function namesIn(server: Server): string[] {
-  return server.clients.map(({ name }) => name).toSorted();
-}
+const namesIn = (server: Server) => server.clients.map(({ name }) => name).toSorted();
 
 /** Bytes that wait in the server for somebody in the room. */
-function queued(server: Server, name: string): number {
-  return server.clients.find((client) => client.name === name)?.queued ?? NaN;
-}
+const queued = (server: Server, name: string) =>
+  server.clients.find((client) => client.name === name)?.queued ?? NaN;
 
 const WELCOME = "Welcome to the chat! What is your name?";
 const NAME_RULE = "* A name is 1 to 32 letters and digits.";
@@ -461,9 +441,8 @@ async function gather<const Names extends readonly string[]>(room: Server, ...na
 }
 
 /** Several enter at the same time. */
-async function enterTogether(server: Address, names: readonly string[]): Promise<Peer[]> {
-  return await Promise.all(names.map((name) => enter(server, name)));
-}
+const enterTogether = (server: Address, names: readonly string[]) =>
+  Promise.all(names.map((name) => enter(server, name)));
 
 /**
  * One stops reading, and another talks until the server keeps `least` bytes for the slow one. Returns
@@ -586,9 +565,8 @@ function inTerminal(command: string[], { columns = 80, rows = 24, env = {} }: Lo
 const paste = (text: string) => `\x1b[200~${text}\x1b[201~`;
 
 /** Starts `bun server.ts` on a free port, and waits until it listens. */
-async function serve(...options: string[]) {
-  return await serveBy([process.execPath, "server.ts", "--port", "0", ...options]);
-}
+const serve = (...options: string[]) =>
+  serveBy([process.execPath, "server.ts", "--port", "0", ...options]);
 
 /** Starts a server by some other command. */
 async function serveBy(command: string[]) {
@@ -598,17 +576,12 @@ async function serveBy(command: string[]) {
 }
 
 /** The command for `bun client.ts`. */
-function client(port: number, ...args: string[]): string[] {
+function client(port: number, ...args: string[]) {
   return [process.execPath, "client.ts", "--port", `${port}`, ...args];
 }
 
 /** The same with other times, and with more code that is run before it. */
-function pacedClient(
-  pace: Partial<typeof PACE>,
-  port: number,
-  args: readonly string[] = [],
-  code = "",
-): string[] {
+function pacedClient(pace: Partial<typeof PACE>, port: number, args: string[] = [], code = "") {
   const program = `
     const { PACE, main } = await import("./client.ts");
     Object.assign(PACE, ${JSON.stringify(pace)});
@@ -847,27 +820,21 @@ function picture(output: string, columns: number, height = Infinity) {
 
 // --- Certificates
 
-type Certificate = { cert: string; key: string; ca: string }; // two files, and the text of the first
-
 const folder = fs.mkdtempSync(`${tmpdir()}/bun-chat-`);
 afterAll(() => fs.rmSync(folder, { recursive: true }));
 
-async function openssl(...args: string[]): Promise<void> {
-  expect(await Bun.spawn(["openssl", ...args], { stderr: "ignore" }).exited).toBe(0);
+/** Runs openssl with these words. */
+async function openssl(words: string): Promise<void> {
+  expect(await Bun.spawn(["openssl", ...words.split(" ")], { stderr: "ignore" }).exited).toBe(0);
 }
 
 /** Makes a certificate, self-signed unless told otherwise, in the way that the README describes. */
-async function makeCertificate(
-  name: string,
-  hosts = "DNS:localhost,IP:127.0.0.1",
-  ...more: string[]
-): Promise<Certificate> {
+async function makeCertificate(name: string, hosts = "DNS:localhost,IP:127.0.0.1", more = "") {
   const cert = `${folder}/${name}-cert.pem`;
   const key = `${folder}/${name}-key.pem`;
-  const newKey = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"];
-  const subject = ["-subj", `/CN=${name}`, "-addext", `subjectAltName=${hosts}`];
-  const files = ["-keyout", key, "-out", cert];
-  await openssl("req", "-x509", ...newKey, "-days", "2", ...subject, ...files, ...more);
+  const newKey = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+  const subject = `-subj /CN=${name} -addext subjectAltName=${hosts}`;
+  await openssl(`req -x509 ${newKey} -days 2 ${subject} -keyout ${key} -out ${cert}${more}`);
   return { cert, key, ca: await Bun.file(cert).text() };
 }
 
@@ -948,14 +915,11 @@ describe("a name", () => {
     },
   );
 
-  test.each([
-    ["good", "good GOOD ｇｏｏｄ"],
-    ["Straße", "STRASSE strasse STRAẞE"],
-    ["Zoe\u0308", "ZOË zoë"],
-    ["ΟΔΥΣΣΕΥΣ", "οδυσσευς"],
-    ["ශ්‍රී", "ශ්රී"], // with and without a joiner
-  ])("is taken in other spellings, too: %s, %s", (held, others) => {
-    for (const name of others.split(" "))
+  const SPELLINGS = `good good GOOD ｇｏｏｄ; Straße STRASSE strasse STRAẞE; Zoe\u0308 ZOË zoë;
+    ΟΔΥΣΣΕΥΣ οδυσσευς; ශ්‍රී ශ්රී`; // the last one with and without a joiner
+  test.each(rowsOf(SPELLINGS))("is taken in other spellings, too: %s", (row) => {
+    const [held = "", ...others] = row.split(" ");
+    for (const name of others)
       expect(join(name, held)).toBe(`* The name ${name.normalize("NFKC")} is taken.`);
   });
 
@@ -1385,13 +1349,8 @@ describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
   });
 
   test("is disconnected at 8 MiB, and the others lose nothing, even with another one", async () => {
-    const [room, alice, carol, dave, bob] = await gather(
-      openRoom(),
-      "alice",
-      "carol",
-      "dave",
-      "bob",
-    );
+    const room = openRoom();
+    const [alice, carol, dave, bob] = await enterAll(room, "alice", "carol", "dave", "bob");
     const said = await lagBehind(room, alice, carol, MIB);
     dave.socket.pause(); // and will be the second one to be disconnected
     said.push(...(await lagBehind(room, alice, carol, 8 * MIB - 200_000)));
@@ -2317,6 +2276,7 @@ describe("a roster", () => {
   });
 });
 
+const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
 const MENU = `1. Join the chat
 q. Leave the chat
 2. Exit the program
@@ -2381,12 +2341,8 @@ describe("the menu", () => {
 });
 
 describe("the way out", () => {
-  test.each([
-    ["an empty line", "\r"],
-    ["/quit, in any case", "/QUIT \r"],
-    ["Ctrl+D", "\x04"],
-    ["Ctrl+C with a line half typed, which vanishes,", "half a li\x03"],
-  ])("%s ends the program, and what was said before arrives", async (_, keys) => {
+  const WAYS = ["\r", "/QUIT \r", "\x04", "half a line that vanishes\x03"];
+  test.each(WAYS)("%j ends the program, and what was said before arrives", async (keys) => {
     const { alex, say } = await joined({ pace: { blank: 20 } });
     await say(`bye\r${keys}`, "Alex: bye\nend of Alex\n");
     await alex.ends(0);
@@ -2480,12 +2436,8 @@ describe("the way out", () => {
     await kim.ends(1, "2 lines were not sent.\r\n");
   });
 
-  test.each([
-    ["/quit", "/quit\r"],
-    ["Ctrl+D", "\x04"],
-    ["Ctrl+C", "\x03"],
-    ["q", "q\r"],
-  ])("Ctrl+C after %s ends it at once, though the server does not close", async (_, keys) => {
+  const SLOW_WAYS = ["/quit\r", "\x04", "\x03", "q\r"];
+  test.each(SLOW_WAYS)("Ctrl+C after %j ends it though the server does not close", async (keys) => {
     const pace = { patience: 1, signal: 60_000, exit: 60_000 };
     const { alex, say } = await joined({ habits: { neverCloses: true }, pace });
     await say(`bye\r${keys}`, "Alex: bye\nend of Alex\n");
@@ -2614,10 +2566,7 @@ describe("typing", () => {
   });
 
   test("shows the rows around the cursor where the window is too small for all", async () => {
-    const server = budgetChat();
-    const look = { columns: 10, rows: 5 };
-    const alex = inTerminal(client(server.port, "--name", "Alex"), look);
-    await alex.out.until("You: ");
+    const { alex, server, say } = await joined({ columns: 10, rows: 5 });
     const draft = times(50, (number) => `${number + 10}`).join("");
     const rows = `You: ${draft}`.match(/.{1,10}/g) ?? [];
     await alex.press(draft, `${rows.slice(-4).join("\n")}|`);
@@ -2627,8 +2576,7 @@ describe("typing", () => {
     await alex.out.until("hi\r\n");
     await alex.shows(`     hi\n${begin}`);
     expect(alex.picture().text.match(/You: /g)).toHaveLength(1);
-    alex.type("\r");
-    await server.heard.until(`Alex: ${draft}\n`);
+    await say("\r", `Alex: ${draft}\n`);
   });
 
   test("a line that is too long is cut with a word, and quickly", async () => {
@@ -2901,8 +2849,6 @@ describe("the display", () => {
 });
 
 describe("a foreign server", () => {
-  const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
-
   test.each([
     ["without a newline", "No.", "No.", { newline: "" }],
     ["in several lines", "No.\nGo away.", "No. Go away.", {}],
@@ -3104,10 +3050,8 @@ describe("the client in a pipe", () => {
     expect(await alex.result()).toMatchObject({ code: 1, err: `${doubt} ${lost}${LOST}` });
   });
 
-  test.each([
-    ["closes with a reset", { resets: true }],
-    ["never closes", { neverCloses: true }],
-  ])("fails with a word when the server %s at the end", async (_, habits) => {
+  const BAD_ENDS = [{ resets: true }, { neverCloses: true }];
+  test.each(BAD_ENDS)("fails with a word when the end of the server is bad: %j", async (habits) => {
     const { alex, server } = inPipeWith(habits, hastyClient);
     alex.end("one\n");
     await server.heard.until("Alex: one\nend of Alex\n");
@@ -3125,7 +3069,6 @@ describe("the client in a pipe", () => {
     expect(await alex.result()).toMatchObject({ code: 1, err: LOST });
   });
 
-  const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
   const SILENT = "Could not connect to ADDRESS. It says nothing. Try --tls.";
   test.each([
     [{ refusals: ["* The name Alex is taken."] }, "* The name Alex is taken."],
@@ -3230,36 +3173,19 @@ describe("the command line of the client", () => {
 describe("the client under TLS", () => {
   test("sends nothing to a server whose certificate proves nothing, and says why", async () => {
     const elsewhere = await makeCertificate("elsewhere", "DNS:example.org");
-    const issuer = ["-CA", certificate.cert, "-CAkey", certificate.key];
-    const signed = await makeCertificate("signed", "IP:127.0.0.1", ...issuer);
-    const expired = { ...certificate, cert: `${folder}/expired-cert.pem` };
-    const signing = ["x509", "-in", certificate.cert, "-signkey", certificate.key];
-    await openssl(...signing, "-days", "-1", "-out", expired.cert);
+    const { cert, key } = certificate;
+    const signed = await makeCertificate("signed", "IP:127.0.0.1", ` -CA ${cert} -CAkey ${key}`);
+    const expired = { key, cert: `${folder}/expired-cert.pem` };
+    await openssl(`x509 -in ${cert} -signkey ${key} -days -1 -out ${expired.cert}`);
     // Only `openssl ca` takes a date, and it wants a database.
-    const future = { ...certificate, cert: `${folder}/future-cert.pem` };
+    const future = { key, cert: `${folder}/future-cert.pem` };
     const settings = `[ca]\ndefault_ca = one\n[one]\ndatabase = ${folder}/db\nrand_serial = yes
       new_certs_dir = ${folder}\ndefault_md = sha256\npolicy = any\nx509_extensions = hosts
       [any]\ncommonName = supplied\n[hosts]\nsubjectAltName = IP:127.0.0.1`;
     await Promise.all([Bun.write(`${folder}/db`, ""), Bun.write(`${folder}/cnf`, settings)]);
-    const later = ["-startdate", "20900101000000Z", "-enddate", "20910101000000Z"];
-    const own = [
-      "-ss_cert",
-      certificate.cert,
-      "-cert",
-      certificate.cert,
-      "-keyfile",
-      certificate.key,
-    ];
-    await openssl(
-      "ca",
-      "-batch",
-      "-config",
-      `${folder}/cnf`,
-      ...own,
-      ...later,
-      "-out",
-      future.cert,
-    );
+    const later = "-startdate 20900101000000Z -enddate 20910101000000Z";
+    const own = `-ss_cert ${cert} -cert ${cert} -keyfile ${key} -out ${future.cert}`;
+    await openssl(`ca -batch -config ${folder}/cnf ${later} ${own}`);
     for (const [shown, trust, reason] of [
       [certificate, ["--tls"], /Its certificate is self-signed: /],
       [expired, ["--ca", expired.cert], /Its certificate has expired: /],
