@@ -541,6 +541,12 @@ function inTerminal(command: string[], { columns = 80, rows = 24, env = {} }: Lo
       await terminal.shows(wanted);
     },
 
+    /** Types keys, and waits until this is printed. */
+    async prints(keys: string, wanted: string | RegExp) {
+      terminal.type(keys);
+      return await out.until(wanted);
+    },
+
     /** Waits for the last words, and for the end with this exit code. */
     async ends(code: number, lastWords = "") {
       await closed.promise;
@@ -2246,13 +2252,10 @@ describe("the editor", () => {
 describe("a roster", () => {
   const roster = (names: readonly string[]) => classify(`* The room contains: ${names.join(", ")}`);
 
-  test("that fits two rows is shown as it is", () => {
-    const entry = roster(["bob", "Alice", "carol"]);
-    expect(shortenRoster(entry, 40)).toBe(entry.text);
+  test("that fits two rows is shown as it is, others are counted, sorted and cut", () => {
+    const few = roster(["bob", "Alice", "carol"]);
+    expect(shortenRoster(few, 40)).toBe(few.text);
     expect(shortenRoster({ text: "x".repeat(500) }, 40)).toBe("x".repeat(500));
-  });
-
-  test("of many is counted, sorted and cut to two rows", () => {
     const many = roster(["Zoë", "bob", "Alice", "élan", ...called("x", 200)]);
     const begin = "* 204 people are here: Alice, bob, élan, x0, x1, ";
     expect(shortenRoster(many, 60)).toStartWith(begin);
@@ -2425,8 +2428,7 @@ describe("the way out", () => {
     await say(`bye\r${keys}`, "Alex: bye\nend of Alex\n");
     const patience = "Waiting for the server to take the last lines. Ctrl+C ends at once.\r\n";
     if (keys !== "\x03") await alex.out.until(patience);
-    alex.type("\x03");
-    await alex.out.until("The last lines may be lost.\r\n");
+    await alex.prints("\x03", "The last lines may be lost.\r\n");
     await alex.child.exited;
   });
 
@@ -2516,11 +2518,9 @@ describe("typing", () => {
       await alex.press(keys, `You: ${wanted}`);
       await alex.press("\x05\x15", "You: |");
     }
-    alex.type("x\x0c");
-    await alex.out.until("\x1b[H\x1b[2J");
+    await alex.prints("x\x0c", "\x1b[H\x1b[2J");
     const begin = alex.out.text.length;
-    alex.type("y");
-    await alex.out.until("You: xy");
+    await alex.prints("y", "You: xy");
     expect(picture(alex.out.text.slice(begin), 80).marked).toBe("You: xy|");
   });
 
@@ -2559,14 +2559,6 @@ describe("typing", () => {
     await alex.shows(`     hi\n${begin}`);
     expect(alex.picture().text.match(/You: /g)).toHaveLength(1);
     await say("\r", `Alex: ${draft}\n`);
-  });
-
-  test("a line that is too long is cut with a word, and quickly", async () => {
-    const { alex, server } = await joined();
-    alex.type(`${paste("0123456789".repeat(2000))}\r`);
-    await alex.out.until("A line takes 8192 characters. What follows is left out.\r\n");
-    const [, said] = await server.heard.until(/Alex: (\d+)\n/);
-    expect(said).toBe("0123456789".repeat(820).slice(0, 8192));
   });
 
   test("completes commands and names of those present, the latest speaker first", async () => {
@@ -2610,8 +2602,7 @@ describe("typing", () => {
     await say("one\r\r\rtwo\r\rx", "Alex: one\nAlex: two\n");
     const begin = performance.now();
     while (performance.now() - begin < 120) {
-      alex.type("x");
-      await alex.out.until("x");
+      await alex.prints("x", "x");
     }
     await say("\r", /Alex: x+\n/);
     const paced = await joined({ server, pace: { blank: 60_000 } });
@@ -2638,10 +2629,14 @@ describe("a paste", () => {
     const shown = "\nYou: line 1    of it\nYou: line 2    of it\n";
     expect(picture(alex.out.text, 80).text).toContain(shown);
     expect(alex.out.text).not.toContain("Hidden");
-  });
 
-  test("keeps its last line for Enter, and that is no command either", async () => {
-    const { alex, say } = await joined();
+    // A line that is too long is cut, with a word.
+    const words = "A line takes 8192 characters. What follows is left out.\r\n";
+    await alex.prints(`${paste("0123456789".repeat(2000))}\r`, words);
+    const [, said] = await server.heard.until(/Alex: (\d+)\n/);
+    expect(said).toBe("0123456789".repeat(820).slice(0, 8192));
+
+    // The last line of a paste waits for Enter, and is no command either.
     await alex.press(paste("one\r/quit"), "You: one\nYou: /quit|");
     await say("\r", "Alex: one\nAlex: //quit\n");
     const keys = `/msg bob ${paste("a secret")}\r${paste("q")}\r`;
@@ -2653,7 +2648,8 @@ describe("a paste", () => {
     alex.type(`${paste(`${numbered(300).join("\r")}\r`)}typed\rhalf`);
     const left = /(2\d\d) lines are on their way at the pace of the room; Ctrl\+C stops them\./;
     const [, first] = await alex.out.until(left);
-    for (let [, now] = [0, first]; now === first;) [, now] = await alex.out.until(left);
+    let now = first;
+    while (now === first) [, now] = await alex.out.until(left);
     await server.heard.until("line 19\n"); // so many go at once
     await alex.out.until(RegExp(`${left.source}[^\n]*\nYou: half`));
     alex.type("\x03");
@@ -2689,8 +2685,7 @@ describe("the display", () => {
     await alex.out.until("\x1b[1;35m[bob -> Alex] \x1b[0m\x1b[1;35mpsst\x1b[0m\r\n\x07");
     const [own] = await alex.out.until(/\[Alex -> bob\] [^]*\[bob\]/);
     expect(own).not.toContain("\x07");
-    alex.type("so\r");
-    await alex.out.until(RegExp(`${time}\x1b\\[2mYou: \x1b\\[0m\x1b\\[0mso`));
+    await alex.prints("so\r", RegExp(`${time}\x1b\\[2mYou: \x1b\\[0m\x1b\\[0mso`));
   });
 
   test("gathers those who come or go at the same time", async () => {
@@ -2724,8 +2719,7 @@ describe("the display", () => {
 
   test("lets no text look like a line of somebody else's", async () => {
     const { alex, server } = await joined({ columns: 60 });
-    alex.type(`${"x".repeat(49)} [bob] mine\r`);
-    await alex.out.until("mine");
+    await alex.prints(`${"x".repeat(49)} [bob] mine\r`, "mine");
     const forged = "17:47 * carol has left the chat";
     for (const blank of " \t\u00a0\u2003\u3000\u2800\u3164\u1680")
       server.say(...times(60, (count) => `[bob] hi${blank.repeat(count)}${forged}`));
@@ -2755,20 +2749,16 @@ describe("the display", () => {
 
   test("hides those who are ignored, under whatever name, and rings for none of them", async () => {
     const { alex, server } = await joined({ args: ["--bell"] });
-    alex.type("/ignore\r");
-    await alex.out.until(/\d\d:\d\d Nobody is hidden\.\r\n/);
-    alex.type("/ignore BOB\r");
+    await alex.prints("/ignore\r/ignore BOB\r", /\d\d:\d\d Nobody is hidden\.\r\n/);
     await alex.out.until("What BOB says is hidden from now on. /ignore BOB shows it again.\r\n");
     server.say("[bob] one, Alex", "[bob -> Alex] two", "* bob is now called Bill", "[Bill] three");
     server.say("[carol] about bob", "[Alex -> bob] own");
     await alex.shows("* bob is now called Bill\n[carol] about bob\n[Alex -> bob] own\nYou: |");
     expect(alex.out.text).not.toContain("\x07");
-    alex.type("/ignore\r");
-    await alex.out.until("Hidden: Bill\r\n"); // as he is called now
+    await alex.prints("/ignore\r", "Hidden: Bill\r\n"); // as he is called now
     server.say("[Bill] four", "[bob] somebody else");
     await alex.out.until("[bob] somebody else");
-    alex.type("/IGNORE  bill\r");
-    await alex.out.until("What Bill says is shown again.\r\n");
+    await alex.prints("/IGNORE  bill\r", "What Bill says is shown again.\r\n");
     server.say("[Bill] back, alex");
     await alex.out.until("[Bill] back, alex\r\n\x07");
     expect(alex.out.text).not.toMatch(/two|three|four/);
@@ -2782,8 +2772,7 @@ describe("the display", () => {
     ["LANG at last", { LC_ALL: "", LC_CTYPE: "", LANG: "POSIX" }, "[bob] caf? ?"],
   ])("is plain lines without escape codes: %s", async (_, env, line) => {
     const { alex, server, say } = await joined({ env: { NO_COLOR: "", ...env } });
-    alex.type("half");
-    await alex.out.until("half");
+    await alex.prints("half", "half");
     server.say("[bob] café 漢");
     await alex.out.until(RegExp(`\r\n\\d\\d:\\d\\d ${RegExp.escape(line)}\r\nYou: half`));
     await say(" é\x7f\x01ü\r\x0c", "Alex: ühalf \n");
@@ -2800,8 +2789,7 @@ describe("the display", () => {
     await alex.out.until("x… (cut)\r\n");
     await alex.out.until("x… (cut)\r\n");
     await alex.out.until("Enter your username: ");
-    alex.type("Al\r");
-    await alex.out.until("You: ");
+    await alex.prints("Al\r", "You: ");
     server.say(`* ${huge}`, `* bob has joined the chat${huge}`, "[bob] hi");
     await alex.out.until("x… (cut)\r\n");
     await alex.out.until("[bob] hi\r\n");
@@ -2927,8 +2915,7 @@ describe("the client and the server", () => {
     await alex.out.until("* Kim is now called Kimberly\r\n");
     sam.child.kill("SIGKILL");
     await alex.out.until("* Sam has left the chat");
-    alex.type("/help\r");
-    await alex.out.until("Here also: /ignore NAME, and q, which leaves the chat.");
+    await alex.prints("/help\r", "Here also: /ignore NAME, and q, which leaves the chat.");
     alex.type("//bye\r\x04");
     await kim.until("[Alex] /bye");
     expect(await kim.line()).toBe("* Alex has left the chat");
