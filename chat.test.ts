@@ -1385,11 +1385,14 @@ describe("a slow reader", () => {
     const [room, alice, bob, carol] = await gather(open(), "alice", "bob", "carol");
     await lagBehind(room, alice, carol, 1);
     const before = queued(room, "carol");
-    for (let number = 0; number < 100; number++)
+    for (let number = 0; number < 100; number++) {
       alice.send(`/msg carol ${number} ${"p".repeat(1000)}\n`);
-    await alice.until("* Your private messages are not being read. This one was not sent.");
-    await alice.ping();
+      await alice.line();
+    }
     expect(queued(room, "carol") - before).toBeWithin(16_000, 20_000);
+    alice.send("/msg carol more\n");
+    const refusal = "* Your private messages are not being read. This one was not sent.";
+    expect(await alice.line()).toBe(refusal);
 
     // This is no matter of others, nor of the rest that alice has to say.
     bob.send("/msg carol and this\n");
