@@ -3034,21 +3034,25 @@ describe("the client in a pipe", () => {
     expect(await alex.result()).toMatchObject({ code: 1, err: LOST });
   });
 
-  const SILENT = "Could not connect to ADDRESS. It says nothing. Try --tls.";
-  test.each([
-    [{ refusals: ["* The name Alex is taken."] }, "* The name Alex is taken."],
-    [{ refusals: ["No."], newline: "" }, "No."],
-    [{ refusals: ["x".repeat(900_000)] }, `${"x".repeat(8192)}… (cut)`],
-    [{ refusals: [""] }, NO_REASON],
-    [{ greeting: "* The server is full.", isFull: true }, "* The server is full."],
-    [{ greeting: "Full", newline: "", isFull: true }, "Full"],
-    [{ greeting: "", isFull: true }, "Could not connect to ADDRESS. It closed the connection."],
-    [{ greeting: "" }, SILENT],
-    [{ roster: "" }, SILENT],
-  ] as const)("says why it cannot join, %#", async (habits, why) => {
-    const { alex, server } = inPipeWith(habits, hastyClient);
-    const err = `${why}\n`.replace("ADDRESS", `127.0.0.1:${server.port}`);
-    expect(await alex.result()).toEqual({ code: 1, out: "", err });
+  test("says why it cannot join", async () => {
+    const SILENT = "Could not connect to ADDRESS. It says nothing. Try --tls.";
+    const cases: [Habits, string][] = [
+      [{ refusals: ["* The name Alex is taken."] }, "* The name Alex is taken."],
+      [{ refusals: ["No."], newline: "" }, "No."],
+      [{ refusals: ["x".repeat(900_000)] }, `${"x".repeat(8192)}… (cut)`],
+      [{ refusals: [""] }, NO_REASON],
+      [{ greeting: "* The server is full.", isFull: true }, "* The server is full."],
+      [{ greeting: "Full", newline: "", isFull: true }, "Full"],
+      [{ greeting: "", isFull: true }, "Could not connect to ADDRESS. It closed the connection."],
+      [{ greeting: "" }, SILENT],
+      [{ roster: "" }, SILENT],
+    ];
+    const joining = cases.map(async ([habits, why]) => {
+      const { alex, server } = inPipeWith(habits, hastyClient);
+      const err = `${why}\n`.replace("ADDRESS", `127.0.0.1:${server.port}`);
+      expect(await alex.result()).toEqual({ code: 1, out: "", err });
+    });
+    await Promise.all(joining);
   });
 
   test("needs a name", async () => {
