@@ -29,17 +29,7 @@
  *  13. Faults
  */
 
-import {
-  afterAll,
-  afterEach,
-  beforeEach,
-  describe,
-  expect,
-  jest,
-  mock,
-  setDefaultTimeout,
-  test,
-} from "bun:test";
+import { afterAll, afterEach, beforeEach, describe, expect, jest, mock, test } from "bun:test";
 import { once } from "node:events";
 import fs from "node:fs";
 import { createConnection } from "node:net";
@@ -89,19 +79,14 @@ function times<T>(count: number, make: (number: number) => T): T[] {
 }
 
 /** "user0", "user1" and so on, for names. */
-function called(name: string, count: number): string[] {
-  return times(count, (number) => `${name}${number}`);
-}
+const called = (name: string, count: number) => times(count, (number) => `${name}${number}`);
 
 /** "line 0", "line 1" and so on, as `by` says them. */
-function numbered(count: number, by = ""): string[] {
-  return times(count, (number) => `${by && `[${by}] `}line ${number}`);
-}
+const numbered = (count: number, by = "") =>
+  times(count, (number) => `${by && `[${by}] `}line ${number}`);
 
 /** Lines as they are sent. */
-function toText(lines: readonly string[]): string {
-  return lines.map((line) => `${line}\n`).join("");
-}
+const toText = (lines: readonly string[]) => lines.map((line) => `${line}\n`).join("");
 
 /** Numbers from 0 up to a limit, the same on every run (mulberry32). */
 function randomNumbers(seed: number): (limit: number) => number {
@@ -113,6 +98,9 @@ function randomNumbers(seed: number): (limit: number) => number {
   };
 }
 
+/** Rows of a table that stand in a text, several to a line, with semicolons between them. */
+const rowsOf = (table: string) => table.trim().split(/;\s+/);
+
 /** What the kernel says about a process, in KiB: VmRSS is its memory now, VmHWM at its highest. */
 function memory(pid: number, field: "VmRSS" | "VmHWM"): number {
   const status = fs.readFileSync(`/proc/${pid}/status`, "latin1");
@@ -122,9 +110,7 @@ function memory(pid: number, field: "VmRSS" | "VmHWM"): number {
 const cleanups: (() => unknown)[] = []; // run after each test, the last one first
 let running = 0; // tests; those of a `describe.concurrent` are cleaned up after together
 
-beforeEach(() => {
-  running++;
-});
+beforeEach(() => void running++);
 
 afterEach(async () => {
   if (--running > 0) return;
@@ -153,7 +139,7 @@ class Watched {
   }
 }
 
-setDefaultTimeout(15_000); // ms that a test may take, on a slow machine with others at the same time
+jest.setTimeout(15_000); // ms that a test may take, on a slow machine with others at the same time
 const DEADLINE = 14_000; // ms that a test waits for a text: less, so that it can tell what is missing
 
 /** A growing text: the output of a program, or what a server has heard. */
@@ -211,11 +197,7 @@ async function pass(seconds: number): Promise<void> {
 
 /** What the kernel tells of a connection. A test can change it, for what takes a minute otherwise. */
 type TcpInfo = (fd: number, info: DataView, result: number) => void;
-
-declare global {
-  var tcpInfo: TcpInfo | undefined;
-}
-
+let tcpInfo: TcpInfo | undefined;
 const { dlopen } = await import("bun:ffi");
 mock.module("bun:ffi", () => ({
   dlopen(...library: Parameters<typeof dlopen>) {
@@ -223,7 +205,7 @@ mock.module("bun:ffi", () => ({
     const real = dlopen(...library).symbols["getsockopt"] as unknown as Call;
     const getsockopt: Call = (fd, level, name, info, size) => {
       const result = real(fd, level, name, info, size);
-      globalThis.tcpInfo?.(fd, info, result);
+      tcpInfo?.(fd, info, result);
       return result;
     };
     return { symbols: { getsockopt } };
@@ -236,13 +218,9 @@ type Server = ReturnType<typeof startServer> & { ca?: string };
 
 /** Opens a room: without limits on the rate, and any exception in it fails the test. */
 function open(options: Partial<ServerOptions> = {}): Server {
-  const server = startServer({ port: 0, rate: 0, logError: fail, ...options });
+  const server = startServer({ port: 0, rate: 0, logError: expect.unreachable, ...options });
   cleanups.push(() => server.stop());
   return server;
-}
-
-function fail(problem: string): never {
-  throw new Error(problem);
 }
 
 /** Opens a room with TLS. */
@@ -270,20 +248,11 @@ function openLogged(options: Partial<ServerOptions> = {}, openRoom = open) {
 }
 
 /** The names of those in the room, sorted. */
-function namesIn(server: Server): string[] {
-  return server.clients.map(({ name }) => name).toSorted();
-}
+const namesIn = (server: Server) => server.clients.map(({ name }) => name).toSorted();
 
 /** Bytes that wait in the server for somebody in the room. */
-function queued(server: Server, name: string): number {
-  return server.clients.find((client) => client.name === name)?.queued ?? NaN;
-}
-
-/** File descriptors of the server's sockets, by name. */
-function descriptors(server: Server): Map<string, number> {
-  const clients = server.clients as unknown as { name: string; socket: { fd: number } }[];
-  return new Map(clients.map(({ name, socket }) => [name, socket.fd]));
-}
+const queued = (server: Server, name: string) =>
+  server.clients.find((client) => client.name === name)?.queued ?? NaN;
 
 const WELCOME = "Welcome to the chat! What is your name?";
 const NAME_RULE = "* A name is 1 to 32 letters and digits.";
@@ -381,10 +350,6 @@ class Peer extends Watched {
     return this.unsent.length === 0;
   }
 
-  async sent(): Promise<void> {
-    await this.when(() => this.isSent || !this.isOpen || undefined);
-  }
-
   /** A line that has come, without its newline; undefined when there is none yet. */
   take(): string | undefined {
     const line = this.received[this.taken++];
@@ -432,12 +397,6 @@ class Peer extends Watched {
     return lines;
   }
 
-  /** Waits until so many bytes have come. */
-  async bytes(total: number): Promise<void> {
-    await this.when(() => this.total >= total || !this.isOpen || undefined);
-    expect(this.total).toBeGreaterThanOrEqual(total);
-  }
-
   /** Asks the server for an answer. What was sent before has been handled then; returns what came. */
   async ping(): Promise<string[]> {
     this.send("/ping\n");
@@ -472,10 +431,14 @@ async function enterAll<const Names extends readonly string[]>(server: Address, 
   return peers as { -readonly [Place in keyof Names]: Peer };
 }
 
-/** Several enter at the same time. */
-async function enterTogether(server: Address, names: readonly string[]): Promise<Peer[]> {
-  return await Promise.all(names.map((name) => enter(server, name)));
+/** The same, and the room as well. */
+async function gather<const Names extends readonly string[]>(room: Server, ...names: Names) {
+  return [room, ...(await enterAll(room, ...names))] as const;
 }
+
+/** Several enter at the same time. */
+const enterTogether = (server: Address, names: readonly string[]) =>
+  Promise.all(names.map((name) => enter(server, name)));
 
 /**
  * One stops reading, and another talks until the server keeps `least` bytes for the slow one. Returns
@@ -511,12 +474,8 @@ async function stillServes(server: Address, speaker: Peer, listener: Peer): Prom
 function inPipe(command: string[]) {
   const out = new Transcript();
   const err = new Transcript();
-  const child = Bun.spawn(command, {
-    cwd: import.meta.dir,
-    stdin: "pipe",
-    stdout: "pipe",
-    stderr: "pipe",
-  });
+  const stdio: ["pipe", "pipe", "pipe"] = ["pipe", "pipe", "pipe"];
+  const child = Bun.spawn(command, { cwd: import.meta.dir, stdio });
   cleanups.push(() => child.kill("SIGKILL"));
   const read = Promise.all([out.read(child.stdout), err.read(child.stderr)]);
 
@@ -525,7 +484,12 @@ function inPipe(command: string[]) {
     out,
     err,
     type: (text: string) => void child.stdin.write(text),
-    end: () => void child.stdin.end(),
+
+    /** Types the last of the input. */
+    end(text = "") {
+      child.stdin.write(text);
+      child.stdin.end();
+    },
 
     /** Waits for the end. Resolves with the exit code and all output. */
     async result() {
@@ -535,22 +499,18 @@ function inPipe(command: string[]) {
   };
 }
 
+type Look = { columns?: number; rows?: number; env?: Record<string, string> };
+
 /** Starts a program in a pseudo-terminal, of which `out` is all that it was sent. */
-function inTerminal(command: string[], { columns = 80, rows = 24, env = {} } = {}) {
+function inTerminal(command: string[], { columns = 80, rows = 24, env = {} }: Look = {}) {
   const out = new Transcript();
   const closed = Promise.withResolvers<void>();
   const decoder = new TextDecoder();
+  // With CI=true a terminal is taken for one without colours.
+  const plain = { CI: undefined, NO_COLOR: "1", TERM: "xterm-256color", LC_ALL: "C.UTF-8" };
   const child = Bun.spawn(command, {
     cwd: import.meta.dir,
-    // With CI=true a terminal is taken for one without colours.
-    env: {
-      ...process.env,
-      CI: undefined,
-      NO_COLOR: "1",
-      TERM: "xterm-256color",
-      LC_ALL: "C.UTF-8",
-      ...env,
-    },
+    env: { ...process.env, ...plain, ...env },
     terminal: {
       cols: columns,
       rows,
@@ -560,37 +520,55 @@ function inTerminal(command: string[], { columns = 80, rows = 24, env = {} } = {
   });
   cleanups.push(() => child.kill("SIGKILL"));
 
-  return {
+  const terminal = {
     child,
     out,
+    type: (keys: string) => void child.terminal?.write(keys),
+    picture: () => picture(out.text, columns, rows),
 
-    /** Waits for the end. Resolves with the exit code, when all output has come. */
-    async exited() {
-      await closed.promise;
-      return await child.exited;
+    /** Waits until these rows are at the bottom, without times, with `|` for the cursor. */
+    async shows(wanted: string) {
+      const look = () => `\n${terminal.picture().marked}`;
+      await out.soon(
+        () => look().endsWith(`\n${wanted}`) || undefined,
+        () => `no ${JSON.stringify(wanted)} in ${look().slice(-2000)}`,
+      );
     },
 
-    type: (keys: string) => void child.terminal?.write(keys),
+    /** Types keys, and waits until they have made the screen so. */
+    async press(keys: string, wanted: string) {
+      terminal.type(keys);
+      await terminal.shows(wanted);
+    },
+
+    /** Types keys, and waits until this is printed. */
+    async prints(keys: string, wanted: string | RegExp) {
+      terminal.type(keys);
+      return await out.until(wanted);
+    },
+
+    /** Waits for the last words, and for the end with this exit code. */
+    async ends(code: number, lastWords = "") {
+      await closed.promise;
+      await out.until(lastWords);
+      expect(await child.exited).toBe(code);
+    },
 
     /** Makes the window wider or narrower, and notes it in the output, for `picture`. */
-    resize(columns: number): void {
+    resize(columns: number) {
       out.add(`\x1b[8;${rows};${columns}t`);
       child.terminal?.resize(columns, rows);
     },
-
-    hangUp: () => child.terminal?.close(),
   };
+  return terminal;
 }
-
-type Terminal = ReturnType<typeof inTerminal>;
 
 /** What the terminal gets when somebody pastes. */
 const paste = (text: string) => `\x1b[200~${text}\x1b[201~`;
 
 /** Starts `bun server.ts` on a free port, and waits until it listens. */
-async function serve(...options: string[]) {
-  return await serveBy([process.execPath, "server.ts", "--port", "0", ...options]);
-}
+const serve = (...options: string[]) =>
+  serveBy([process.execPath, "server.ts", "--port", "0", ...options]);
 
 /** Starts a server by some other command. */
 async function serveBy(command: string[]) {
@@ -600,17 +578,12 @@ async function serveBy(command: string[]) {
 }
 
 /** The command for `bun client.ts`. */
-function client(port: number, ...args: string[]): string[] {
+function client(port: number, ...args: string[]) {
   return [process.execPath, "client.ts", "--port", `${port}`, ...args];
 }
 
 /** The same with other times, and with more code that is run before it. */
-function pacedClient(
-  pace: Partial<typeof PACE>,
-  port: number,
-  args: readonly string[] = [],
-  code = "",
-): string[] {
+function pacedClient(pace: Partial<typeof PACE>, port: number, args: string[] = [], code = "") {
   const program = `
     const { PACE, main } = await import("./client.ts");
     Object.assign(PACE, ${JSON.stringify(pace)});
@@ -623,19 +596,6 @@ function pacedClient(
 function hastyClient(port: number, ...args: string[]): string[] {
   const pace = { silence: 200, retry: 1, doubt: 50, moment: 20, lastWords: 100, perLine: 0 };
   return pacedClient(pace, port, args);
-}
-
-type Look = NonNullable<Parameters<typeof inTerminal>[1]> & { pace?: Partial<typeof PACE> };
-
-/** Starts the client in a terminal as Alex, and waits for its prompt. */
-async function joined(server: Address, args: string[] = [], { pace = {}, ...look }: Look = {}) {
-  const all = ["--name", "Alex", ...args];
-  const isPaced = Object.keys(pace).length > 0;
-  const command = isPaced ? pacedClient(pace, server.port, all) : client(server.port, ...all);
-  const alex = inTerminal(command, look);
-  await alex.out.until("The room contains");
-  await alex.out.until("You: ");
-  return alex;
 }
 
 // --- A foreign server
@@ -652,12 +612,13 @@ type Habits = {
   resets?: boolean; // answers a FIN with a reset
   neverCloses?: boolean; // does not answer a FIN
   stopsReading?: boolean; // once a guest has a name
-  refusals?: string[]; // what the next names are answered with
+  refusals?: readonly string[]; // what the next names are answered with
 };
 
 /** The smallest server of Budget Chat. Its transcript holds "joined: NAME", "NAME: text" and such. */
 function budgetChat(habits: Habits = {}) {
-  const { greeting = WELCOME, newline = "\n", refusals = [] } = habits;
+  const { greeting = WELCOME, newline = "\n" } = habits;
+  const refusals = [...(habits.refusals ?? [])];
   const { roster = "* The room contains: bob, carol" } = habits;
   const heard = new Transcript();
   const guests: Peer[] = [];
@@ -735,6 +696,37 @@ function budgetChat(habits: Habits = {}) {
       for (const guest of guests) guest.socket.terminate();
     },
   };
+}
+
+type Joining = Look & {
+  habits?: Habits;
+  server?: ReturnType<typeof budgetChat>;
+  args?: string[];
+  pace?: Partial<typeof PACE>;
+};
+
+/** Starts the client in a terminal as Alex, and waits for its prompt in a foreign server's room. */
+async function joined(how: Joining = {}) {
+  const { habits, server = budgetChat(habits), args = [], pace, ...look } = how;
+  const all = ["--name", "Alex", ...args];
+  const command = pace ? pacedClient(pace, server.port, all) : client(server.port, ...all);
+  const alex = inTerminal(command, look);
+  await alex.out.until("* ");
+  await alex.out.until("You: ");
+
+  /** Types keys, and waits until the server has heard what it should. */
+  async function say(keys: string, heard: string | RegExp) {
+    alex.type(keys);
+    await server.heard.until(heard);
+  }
+  return { alex, server, say };
+}
+
+/** Starts the client in a pipe as Alex, by a script of the shell, with a foreign server. */
+function inPipeWith(habits: Habits = {}, start = client, script = `exec "$0" "$@"`) {
+  const server = budgetChat(habits);
+  const command = start(server.port, "--name", "Alex");
+  return { server, alex: inPipe(["bash", "-c", script, ...command]) };
 }
 
 // --- A screen
@@ -817,13 +809,9 @@ function picture(output: string, columns: number, height = Infinity) {
     else if (character !== "\x07" && !code) print(character);
   }
 
-  const toLines = (shown: readonly ScreenRow[]) =>
-    Array.from(shown, (row) =>
-      (row?.cells ?? [])
-        .join("")
-        .trimEnd()
-        .replace(/^\d\d:\d\d /, ""),
-    );
+  const toLine = (row?: ScreenRow) => (row?.cells ?? []).join("").trimEnd();
+  const toLines = (some: ScreenRow[]) =>
+    Array.from(some, (row) => toLine(row).replace(/^\d\d:\d\d /, ""));
   const text = toLines(rows).join("\n").trimEnd(); // without the times
   const { cells } = row(y);
   const marked = [...cells.slice(0, x), ...Array(Math.max(0, x - cells.length)).fill(" "), "|"];
@@ -834,46 +822,21 @@ function picture(output: string, columns: number, height = Infinity) {
 
 // --- Certificates
 
-type Certificate = { cert: string; key: string; ca: string }; // two files, and the text of the first
-
 const folder = fs.mkdtempSync(`${tmpdir()}/bun-chat-`);
 afterAll(() => fs.rmSync(folder, { recursive: true }));
 
-async function openssl(...args: string[]): Promise<void> {
-  expect(await Bun.spawn(["openssl", ...args], { stderr: "ignore" }).exited).toBe(0);
+/** Runs openssl with these words. */
+async function openssl(words: string): Promise<void> {
+  expect(await Bun.spawn(["openssl", ...words.split(" ")], { stderr: "ignore" }).exited).toBe(0);
 }
 
 /** Makes a certificate, self-signed unless told otherwise, in the way that the README describes. */
-async function makeCertificate(
-  name: string,
-  hosts = "DNS:localhost,IP:127.0.0.1",
-  ...more: string[]
-): Promise<Certificate> {
+async function makeCertificate(name: string, hosts = "DNS:localhost,IP:127.0.0.1", more = "") {
   const cert = `${folder}/${name}-cert.pem`;
   const key = `${folder}/${name}-key.pem`;
-  const newKey = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"];
-  const subject = ["-subj", `/CN=${name}`, "-addext", `subjectAltName=${hosts}`];
-  const files = ["-keyout", key, "-out", cert];
-  await openssl("req", "-x509", ...newKey, "-days", "2", ...subject, ...files, ...more);
-  return { cert, key, ca: await Bun.file(cert).text() };
-}
-
-/** A certificate that is valid only later: made with `openssl ca`, which takes a date. */
-async function makeFutureCertificate(): Promise<Certificate> {
-  const { cert, key } = await makeCertificate("future");
-  const request = `${folder}/future.csr`;
-  const settings = `${folder}/future.cnf`;
-  fs.writeFileSync(`${folder}/future.db`, "");
-  fs.writeFileSync(
-    settings,
-    `[ca]\ndefault_ca = one\n[one]\ndatabase = ${folder}/future.db\nrand_serial = yes
-new_certs_dir = ${folder}\ndefault_md = sha256\npolicy = any\nx509_extensions = hosts
-[any]\ncommonName = supplied\n[hosts]\nsubjectAltName = IP:127.0.0.1\n`,
-  );
-  await openssl("req", "-new", "-key", key, "-subj", "/CN=future", "-out", request);
-  const dates = ["-startdate", "20900101000000Z", "-enddate", "20910101000000Z"];
-  const files = ["-in", request, "-out", cert, "-keyfile", key, "-config", settings];
-  await openssl("ca", "-batch", "-selfsign", "-notext", ...dates, ...files);
+  const newKey = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+  const subject = `-subj /CN=${name} -addext subjectAltName=${hosts}`;
+  await openssl(`req -x509 ${newKey} -days 2 ${subject} -keyout ${key} -out ${cert}${more}`);
   return { cert, key, ca: await Bun.file(cert).text() };
 }
 
@@ -891,15 +854,14 @@ describe("text", () => {
     ["controls but the tab", `a${CONTROLS.join("")}\tb`, "a\tb"],
     ["an escape sequence, but its letters", "\u001b[31mred\u009b0m", "[31mred0m"],
     ["line separators", "a\u2028\u2029\u0085b", "ab"],
-    ["marks of direction", "a\u200e\u200f\u061cb", "ab"],
-    ["changes of direction", "a\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069b", "ab"],
+    ["direction", "a\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069", "a"],
     ["byte order marks", "\ufeffa\ufeffb", "ab"],
     ["interlinear annotations", "a\ufff9b\ufffac\ufffbd", "abcd"],
     ["tags", "a\u{e0001}\u{e0041}\u{e007f}b", "ab"],
     ["the fifth mark on a letter", `a${"\u0301\u0302".repeat(99)}b`, "a\u0301\u0302\u0301\u0302b"],
     ["marks with joiners", `a${"\u0301\u200d".repeat(9)}b`, "a\u0301\u200d\u0301\u200db"],
-    ["marks with format controls", `a${"\u0301\u070f".repeat(9)}`, "a\u0301\u070f\u0301\u070f"],
     ["marks with the invisible", `a${"\u0301\u034f".repeat(9)}b`, "a\u0301\u034f\u0301\u034fb"],
+    ["marks with format controls", `a${"\u0301\u070f".repeat(9)}`, "a\u0301\u070f\u0301\u070f"],
     ["marks over marks with a width", "\u0301\u0903".repeat(9), "\u0301\u0903".repeat(4)],
     ["the fifth enclosing mark", `a${"\u20dd".repeat(9)}`, `a${"\u20dd".repeat(4)}`],
     ["the fifth vowel of Hangul", `가${"\u1161".repeat(9)}b`, `가${"\u1161".repeat(4)}b`],
@@ -907,17 +869,9 @@ describe("text", () => {
     expect(cleanText(sent)).toBe(shown);
   });
 
-  test.each([
-    "plain text,  with two  blanks and a\ttab ",
-    "👩🏽‍🚀 👨‍👩‍👧‍👦 ❤️ 1️⃣ 🏳️‍🌈 🇩🇪",
-    "می‌روم",
-    "क्‍ष श्री ज़ेंडाया",
-    "လျှို့ဝှက်",
-    "שָׁלוֹם",
-    "Tiếng Việt, é ê\u0323",
-    "བསྒྲུབས",
-    "漢\u{e0100}字",
-  ])("stays as it is: %j", (text) => {
+  const STAYS = `plain text,  with two  blanks and a\ttab /👩🏽‍🚀 👨‍👩‍👧‍👦 ❤️ 1️⃣ 🏳️‍🌈 🇩🇪/می‌روم/क्‍ष श्री ज़ेंडाया/
+    လျှို့ဝှက်/שָׁלוֹם/Tiếng Việt, é ê\u0323/བསྒྲུབས/漢\u{e0100}字`;
+  test.each(STAYS.split(/\/\s*/))("stays as it is: %j", (text) => {
     expect(cleanText(text)).toBe(text);
   });
 });
@@ -956,21 +910,15 @@ describe("a name", () => {
   const MIXED_OR_ORNATE = `
     аlice Вob aλ яλ bob7я bօb b໐b bo७b 小明Bob たろうTaro aʼ aː bob\u02b9 بـوب bx\u0301\u0302\u0303b ка\u064bт राम\u0b3c
     ᴀlice bob\ua78c Ⲁⲛ T\u0335om O\u0338le A\u0366sa ab\u0363`;
-  test.each(MIXED_OR_ORNATE.trim().split(/\s+/))(
-    "is refused when it mixes scripts or is ornate: %s",
-    (name) => {
-      expect(join(name)).toBe(SCRIPT_RULE);
-    },
-  );
+  test.each(MIXED_OR_ORNATE.trim().split(/\s+/))("is refused as mixed or ornate: %s", (name) => {
+    expect(join(name)).toBe(SCRIPT_RULE);
+  });
 
-  test.each([
-    ["good", "good GOOD ｇｏｏｄ"],
-    ["Straße", "STRASSE strasse STRAẞE"],
-    ["Zoe\u0308", "ZOË zoë"],
-    ["ΟΔΥΣΣΕΥΣ", "οδυσσευς"],
-    ["ශ්‍රී", "ශ්රී"], // with and without a joiner
-  ])("is taken in other spellings, too: %s, %s", (held, others) => {
-    for (const name of others.split(" "))
+  const SPELLINGS = `good good GOOD ｇｏｏｄ; Straße STRASSE strasse STRAẞE; Zoe\u0308 ZOË zoë;
+    ΟΔΥΣΣΕΥΣ οδυσσευς; ශ්‍රී ශ්රී`; // the last one with and without a joiner
+  test.each(rowsOf(SPELLINGS))("is taken in other spellings, too: %s", (row) => {
+    const [held = "", ...others] = row.split(" ");
+    for (const name of others)
       expect(join(name, held)).toBe(`* The name ${name.normalize("NFKC")} is taken.`);
   });
 
@@ -985,17 +933,14 @@ describe("a name", () => {
     ३२८ ૩૨૮ 328, ٣٤٦ ۳۴۶ 346, ០០ 00 OO oo ०० ໐໐
     ΑΝΝΑ ANNA anna Anna, Сара Capa CAPA, nina ΝΙΝΑ, опоо oпoo oπoo οποο, пакот πακοτ
     Ες Եu, нос HOC`;
-  test.each(LOOK_ALIKES.split(/,|\n    /).slice(1))(
-    "is refused when it looks like another one: %s",
-    (row) => {
-      const [held = "", ...others] = row.trim().split(/\s+/);
-      for (const name of others) {
-        const looks = `* The name ${name.normalize("NFKC")} looks like one that is taken.`;
-        const taken = looks.replace("looks like one that is taken", "is taken");
-        expect([looks, taken, SCRIPT_RULE]).toContain(join(name, held));
-      }
-    },
-  );
+  test.each(LOOK_ALIKES.split(/,|\n    /).slice(1))("is refused as a look-alike: %s", (row) => {
+    const [held = "", ...others] = row.trim().split(/\s+/);
+    for (const name of others) {
+      const looks = `* The name ${name.normalize("NFKC")} looks like one that is taken.`;
+      const taken = looks.replace("looks like one that is taken", "is taken");
+      expect([looks, taken, SCRIPT_RULE]).toContain(join(name, held));
+    }
+  });
 
   const DIFFERENT = `Lia-Ila Ian-Lan Iida-Lida İpek-Ipek Ali-All Вова-Bob Ян-Яна user1-user2 Marta-Marna
     Sam-5am Αννα-Ανα 王-玉`;
@@ -1062,8 +1007,7 @@ describe("the room", () => {
 
 describe("joining", () => {
   test("a newcomer gets the roster of those who are here now", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     const rosterOf = async (name: string) => {
       const peer = await greeted(room);
       peer.send(`${name}\n`);
@@ -1078,19 +1022,6 @@ describe("joining", () => {
     await alice.until("* alice is now called anna");
     expect(await rosterOf("frank")).toBe("anna, carol, dave, erin");
     expect(await rosterOf("grace")).toBe("anna, carol, dave, erin, frank");
-  });
-
-  test("a stranger hears nothing of the room, and the room nothing of the stranger", async () => {
-    const room = open();
-    const alice = await enter(room, "alice");
-    const stranger = await greeted(room);
-    alice.send("anybody?\n");
-    const bob = await enter(room, "bob");
-    expect(await alice.line()).toBe("* bob has joined the chat");
-    stranger.socket.shutdown();
-    expect(await stranger.rest()).toEqual([]);
-    bob.send("hi\n");
-    expect(await alice.line()).toBe("[bob] hi");
   });
 
   test("of 300 who join at once, each gets a roster of its own and hears of all later ones", async () => {
@@ -1110,29 +1041,23 @@ describe("joining", () => {
   const HTTP = "POST / HTTP/1.1\r\nHost: x\r\n\r\nmallory\nhello\n";
   const FORGED = "2026-01-01 00:00:00 Server is shutting down";
   test.each([
-    ["two words", "two words\n", NAME_RULE, "two words"],
     ["bad UTF-8", Buffer.from([0xff, 0xfe, 10]), NAME_RULE, "\ufffd\ufffd"],
     ["controls", `"\u001b[31m\r${FORGED}\u2028\u202e\\\n`, NAME_RULE, `"[31m${FORGED}\\`],
     ["a zero byte", "b\0ob\n", NAME_RULE, "bob"],
-    ["too many letters", `${"b".repeat(500)}\n`, NAME_RULE, "b".repeat(128)],
+    ["many letters", `${"b".repeat(500)}\n`, NAME_RULE, "b".repeat(128)],
     ["much, and no newline", "x".repeat(600), NAME_RULE, null],
     ["an HTTP request", HTTP, NAME_RULE, "POST / HTTP/1.1"],
-    ["a WebSocket handshake", "GET /chat HTTP/1.1\nmallory\n", NAME_RULE, "GET /chat HTTP/1.1"],
-    ["HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmallory\n", NAME_RULE, "PRI * HTTP/2.0"],
-    ["mixed scripts", "bоb\n", SCRIPT_RULE, "bоb"],
-    ["a name in use", "ALICE\n", "* The name ALICE is taken.", "ALICE"],
     ["a look-alike", "a1ice\n", "* The name a1ice looks like one that is taken.", "a1ice"],
   ])("a first line with %s is refused, which only the log tells", async (_, bytes, why, quoted) => {
     const { room, log } = openLogged();
     const alice = await enter(room, "alice");
     const mallory = await greeted(room);
+    alice.send("a stranger hears nothing of this\n");
+    await alice.ping();
     mallory.send(bytes);
     expect(await mallory.rest()).toEqual([why]);
     const gave = quoted === null ? "" : ` It gave ${JSON.stringify(quoted)}`;
-    expect(log.slice(2)).toEqual([
-      "New connection from 127.0.0.1:PORT",
-      `Refused 127.0.0.1:PORT: ${why.slice(2)}${gave}`,
-    ]);
+    expect(log.slice(4)).toEqual([`Refused 127.0.0.1:PORT: ${why.slice(2)}${gave}`]);
     await enter(room, "bob");
     expect(await alice.line()).toBe("* bob has joined the chat");
   });
@@ -1173,9 +1098,8 @@ describe.each(BOTH_WAYS)("messages, %s", (_, openRoom) => {
     const crowd = await enterAll(room, ...names);
     for (const line of numbered(50)) for (const peer of crowd.slice(0, 5)) peer.send(`${line}\n`);
 
-    const [first = [], ...others] = await Promise.all(
-      crowd.slice(5).map((peer) => peer.lines(250)),
-    );
+    const heard = crowd.slice(5).map((peer) => peer.lines(250));
+    const [first = [], ...others] = await Promise.all(heard);
     for (const lines of others) expect(lines).toEqual(first);
     for (const [place, peer] of crowd.slice(0, 5).entries()) {
       const isOwn = (line: string) => line.startsWith(`[user${place}] `);
@@ -1204,8 +1128,7 @@ describe.each(BOTH_WAYS)("messages, %s", (_, openRoom) => {
 
 describe("a line", () => {
   test("is the same however its bytes are cut up, and whatever they are", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
     const random = randomNumbers(2);
     for (let round = 0; round < 40; round++) {
       const heard: string[] = [];
@@ -1248,10 +1171,7 @@ describe("a line", () => {
     expect(await bob.line()).toBe("* alice has left the chat");
   });
 
-  test.each([
-    ["\\n", "\n"],
-    ["\\r\\n", "\r\n"],
-  ])("may have 4096 bytes before %s, and not one more", async (_, ending) => {
+  test.each(["\n", "\r\n"])("may have 4096 bytes before %j, and not one more", async (ending) => {
     const [alice, bob] = await enterAll(open(), "alice", "bob");
     const longest = "é".repeat(2048);
     alice.send(`${longest}${ending}${longest}b${ending}short${ending}`);
@@ -1264,8 +1184,7 @@ describe("a line", () => {
     ["with a return at the limit", ["x".repeat(4096) + "\rhidden", "\n"]],
     ["of 9 MB", [...times(3, () => "x".repeat(3_000_000)), "\n"]],
   ])("that is too long, %s, is not sent, and the sender is told once", async (_, pieces) => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     for (const piece of pieces) {
       expect(room.memoryUsed).toBeLessThan(5_000);
       alice.send(piece);
@@ -1279,32 +1198,23 @@ describe("a line", () => {
 });
 
 describe("commands", () => {
-  test("/help lists them", async () => {
-    const alice = await enter(open(), "alice");
-    alice.send("/help\n");
-    const usages = ["/help", "/who", "/nick NAME", "/msg NAME TEXT", "/quit", "//TEXT"];
-    for (const usage of usages) expect(await alice.line()).toStartWith(`* ${usage} `);
-    expect(await alice.ping()).toEqual([]);
-  });
-
-  test("with an unknown name are explained, and // says a line that begins with a slash", async () => {
+  test("are listed by /help, and explained when they are unknown; // says a slash", async () => {
     const [alice, bob] = await enterAll(open(), "alice", "bob");
-    const unknown = ["/foo", "/", "/constructor", "/__proto__"];
-    alice.send(toText([...unknown.map((command) => `${command} bar`), "//etc/passwd", "///"]));
-    for (const command of unknown)
+    alice.send("/help\n");
+    for (const usage of ["/help", "/who", "/nick NAME", "/msg NAME TEXT", "/quit", "//TEXT"])
+      expect(await alice.line()).toStartWith(`* ${usage} `);
+    for (const command of ["/foo", "/", "/constructor", "/__proto__"]) {
+      alice.send(`${command} bar\n`);
       expect(await alice.line()).toBe(`* Unknown command ${command}. Try /help.`);
+    }
+    alice.send("//etc/passwd\n///\n");
     expect(await bob.lines(2)).toEqual(["[alice] /etc/passwd", "[alice] //"]);
-  });
-
-  test.each(["\0", "\u200e", "\ufeff", "\x1b"])(
-    "are none after an invisible %j",
-    async (invisible) => {
-      const [alice, bob] = await enterAll(open(), "alice", "bob");
+    for (const invisible of "\0\u200e\ufeff\x1b") {
       alice.send(`${invisible}/quit\n${invisible}//\n/${invisible}who\n`);
       expect(await bob.lines(2)).toEqual(["[alice] /quit", "[alice] //"]);
       expect(await alice.line()).toBe(present("alice", "bob"));
-    },
-  );
+    }
+  });
 
   test("/who names all in the order of the alphabet, whoever comes, goes and is renamed", async () => {
     const room = open();
@@ -1314,36 +1224,32 @@ describe("commands", () => {
       asker.send("/WHO\n");
       return await asker.line();
     };
-    const names = ["Zoë", "李", "a10", "Bob", "Ян", "a1", "Ängström"] as const;
-    const [zoe, li, , bob, , a1] = await enterAll(room, ...names);
-    const all = ["a1", "a10", "asker", "Ängström", "Bob", "Zoë", "Ян", "李"];
-    expect(await whoAfter("* Ängström has joined the chat")).toBe(present(...all));
+    const names = ["Zoë", "李", "a10", "Bob", "a1", "Ängström"] as const;
+    const [zoe, li, , bob] = await enterAll(room, ...names);
+    const joined = present("a1", "a10", "asker", "Ängström", "Bob", "Zoë", "李");
+    expect(await whoAfter("* Ängström has joined the chat")).toBe(joined);
     bob.send("/nick zoe\n");
-    const renamed = all.with(4, "zoe");
-    expect(await whoAfter("* Bob is now called zoe")).toBe(present(...renamed));
-    a1.socket.terminate();
-    expect(await whoAfter("* a1 has left the chat")).toBe(present(...renamed.slice(1)));
-    zoe.send("/quit\n");
-    const rest = renamed.slice(1).filter((name) => name !== "Zoë");
-    expect(await whoAfter("* Zoë has left the chat")).toBe(present(...rest));
+    const renamed = present("a1", "a10", "asker", "Ängström", "zoe", "Zoë", "李");
+    expect(await whoAfter("* Bob is now called zoe")).toBe(renamed);
+    zoe.socket.terminate();
+    const left = present("a1", "a10", "asker", "Ängström", "zoe", "李");
+    expect(await whoAfter("* Zoë has left the chat")).toBe(left);
     li.send("/nick a\n");
-    expect(await whoAfter("* 李 is now called a")).toBe(present("a", ...rest.slice(0, -1)));
+    const first = present("a", "a1", "a10", "asker", "Ängström", "zoe");
+    expect(await whoAfter("* 李 is now called a")).toBe(first);
   });
 
   test("/nick gives another name, which everybody hears, or says why it does not", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     alice.send("before\n/nick Ａnna\nafter\n");
     const heard = ["[alice] before", "* alice is now called Anna", "[Anna] after"];
     expect(await bob.lines(3)).toEqual(heard);
     expect(await alice.line()).toBe("* alice is now called Anna");
     await enter(room, "alice"); // the old name is free
 
-    alice.send("/nick BOB\n/nick no!\n/nick\n/nick \n/nick Anna\n/nick two words\n/nick anna\n");
-    expect((await alice.lines(8)).slice(1)).toEqual([
+    alice.send("/nick BOB\n/nick \n/nick Anna\n/nick two words\n/nick anna\n");
+    expect((await alice.lines(6)).slice(1)).toEqual([
       "* The name BOB is taken.",
-      NAME_RULE,
-      "* Say it like this: /nick NAME",
       "* Say it like this: /nick NAME",
       "* You are called Anna already.",
       NAME_RULE,
@@ -1358,18 +1264,13 @@ describe("commands", () => {
     expect(await bob.lines(3)).toEqual(["[alice] one", "[alice -> bob] psst,  you", "[alice] two"]);
     expect(await carol.lines(2)).toEqual(["[alice] one", "[alice] two"]);
     expect(await alice.line()).toBe("[alice -> bob] psst,  you");
-    expect(log.slice(-2)).toEqual([
-      "Received message from alice: one",
-      "Received message from alice: two",
-    ]);
+    const logged = ["one", "two"].map((text) => `Received message from alice: ${text}`);
+    expect(log.slice(-2)).toEqual(logged);
 
-    alice.send("/msg alice note\n/msg b0b hi\n/msg bob\n/msg\n");
-    expect(await alice.lines(4)).toEqual([
-      "[alice -> alice] note",
-      "* Nobody here is called b0b.", // it only looks like bob
-      "* Say it like this: /msg NAME TEXT",
-      "* Say it like this: /msg NAME TEXT",
-    ]);
+    alice.send("/msg alice note\n/msg b0b hi\n/msg bob\n");
+    expect(await alice.line()).toBe("[alice -> alice] note");
+    expect(await alice.line()).toBe("* Nobody here is called b0b."); // it only looks like bob
+    expect(await alice.line()).toBe("* Say it like this: /msg NAME TEXT");
   });
 
   test("/quit gets what was said before, and nothing after it is heard", async () => {
@@ -1402,8 +1303,7 @@ describe("leaving", () => {
 
   test("a late leaver still has a minute to read what is left", async () => {
     jest.useFakeTimers();
-    const room = open();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
     jest.advanceTimersByTime(59_500);
     bob.send("/quit\n");
     expect(await alice.line()).toBe("* bob has left the chat");
@@ -1415,19 +1315,6 @@ describe("leaving", () => {
     jest.advanceTimersByTime(7_000);
     expect(await bob.closed.promise).toBeInstanceOf(Error);
   });
-
-  test("by a FIN and a reset at once leaves nothing in memory", async () => {
-    const room = open();
-    const alice = await enter(room, "alice");
-    const crowd = await enterTogether(room, called("user", 200));
-    for (const peer of crowd) peer.send("hello\nhalf a line");
-    for (const peer of crowd) peer.socket.shutdown();
-    for (const peer of crowd) peer.socket.terminate();
-    for (const _ of crowd) await alice.until(/ has left the chat/);
-    await alice.ping();
-    expect([namesIn(room), room.memoryUsed]).toEqual([["alice"], 0]);
-    await enter(room, "user0"); // the names are free
-  });
 });
 
 // --- 6. Slow, fast and many --------------------------------------------------------------------
@@ -1437,14 +1324,10 @@ const MIB = 1024 * 1024;
 describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
   test("may lag behind by less than 1 MiB for long, and by more than that for ten seconds", async () => {
     jest.useFakeTimers();
-    const room = openRoom();
-    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
-    for (const [bytes, time] of [
-      [900_000, 50_000],
-      [3_000_000, 9_000],
-    ] as const) {
+    const [room, alice, bob, carol] = await gather(openRoom(), "alice", "bob", "carol");
+    for (const bytes of [900_000, 3_000_000]) {
       const said = await lagBehind(room, alice, carol, bytes);
-      jest.advanceTimersByTime(time);
+      jest.advanceTimersByTime(bytes < MIB ? 50_000 : 9_000);
       carol.socket.resume();
       expect(await carol.lines(said.length)).toEqual(said);
       expect(await bob.lines(said.length)).toEqual(said);
@@ -1475,15 +1358,12 @@ describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
     }
     const heard = await bob.lines(said.length + 2);
     expect(heard.filter((line) => line.startsWith("["))).toEqual(said);
-    expect(heard.filter((line) => line.startsWith("*")).toSorted()).toEqual([
-      "* carol has left the chat (too slow)",
-      "* dave has left the chat (too slow)",
-    ]);
+    const leavers = heard.filter((line) => line.endsWith(" has left the chat (too slow)"));
+    expect(leavers).toHaveLength(2);
   });
 
   test("may half-close, and still gets all that was said before, to the last byte", async () => {
-    const room = openRoom();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(openRoom(), "alice", "bob");
     const said = await lagBehind(room, alice, bob, 500_000);
     bob.socket.shutdown();
     expect(await alice.line()).toBe("* bob has left the chat");
@@ -1494,8 +1374,7 @@ describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
 
 describe("a slow reader", () => {
   test("is not one who has kept up, when a single batch is larger than the limit", async () => {
-    const room = open();
-    const [alice, bob] = await enterAll(room, "a".repeat(32), "bob");
+    const [room, alice, bob] = await gather(open(), "a".repeat(32), "bob");
     bob.socket.pause();
     alice.send("x\n".repeat(200_000));
     while (!(queued(room, "bob") > MIB)) await alice.ping();
@@ -1503,8 +1382,7 @@ describe("a slow reader", () => {
   });
 
   test("gets no more private messages than 16 KiB from one sender, who is told", async () => {
-    const room = open();
-    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
+    const [room, alice, bob, carol] = await gather(open(), "alice", "bob", "carol");
     await lagBehind(room, alice, carol, 1);
     const before = queued(room, "carol");
     for (let number = 0; number < 100; number++) {
@@ -1585,8 +1463,7 @@ describe("a fast sender", () => {
     ["a flood after /quit", "/quit\n", "x"],
   ])("with %s is not read from without end", async (_, first, piece) => {
     jest.useFakeTimers();
-    const room = open({ rate: 10 });
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(open({ rate: 10 }), "alice", "bob");
     alice.send(first);
     const megabyte = Buffer.alloc(1_000_000, piece);
     let sent = 0;
@@ -1615,7 +1492,10 @@ describe("many people", () => {
     for (let round = 1; round <= 3; round++) {
       for (const peer of crowd) peer.send(text);
       const totals = lengths.map((own, place) => (before[place] ?? 0) + round * (sum - own));
-      await Promise.all(crowd.map((peer, place) => peer.bytes(totals[place] ?? 0)));
+      const hasAll = (peer: Peer, place: number) =>
+        !peer.isOpen || peer.total >= (totals[place] ?? 0) || undefined;
+      await Promise.all(crowd.map((peer, place) => peer.when(() => hasAll(peer, place))));
+      expect(crowd.map(({ total }) => total)).toEqual(totals);
     }
     expect(memory(server.pid, "VmHWM")).toBeLessThan(150 * 1024);
   });
@@ -1697,7 +1577,7 @@ describe("a budget", () => {
   async function flood(room: Server, people: number, prefix: string): Promise<Peer[]> {
     const crowd = await enterTogether(room, called(prefix, people));
     for (const peer of crowd) peer.send("spam\n".repeat(400));
-    await Promise.all(crowd.map((peer) => peer.sent()));
+    await Promise.all(crowd.map((peer) => peer.when(() => peer.isSent || undefined)));
     await turns(50);
     return crowd;
   }
@@ -1866,7 +1746,7 @@ describe("places", () => {
     const comeAndGo = async (number: number) => {
       const peer = await greeted(room);
       const name = number % 3 > 0 ? `guest${number}` : "";
-      peer.send(name && `${name}\n`);
+      peer.send(name && `${name}\nhello\n`);
       if (name) await peer.line();
       if (number % 2 > 0) peer.socket.terminate();
       else peer.send(name ? "/quit\n" : "\n");
@@ -1877,6 +1757,7 @@ describe("places", () => {
       await Promise.all(times(20, comeAndGo));
       for (let left = 0; left < 13; left++) await alice.until(/ has left the chat$/);
     }
+    expect([namesIn(room), room.memoryUsed]).toEqual([["alice"], 0]);
   });
 
   test("are lost by a stranger who gives no name within a minute", async () => {
@@ -1887,13 +1768,12 @@ describe("places", () => {
     jest.advanceTimersByTime(59_000);
     const late = await greeted(room);
     jest.advanceTimersByTime(2_000);
-    const unfinished = "* Your name did not end with a newline within a minute.";
-    expect(await silent.rest()).toEqual(["* You gave no name within a minute."]);
-    expect(await endless.rest()).toEqual([unfinished]);
-    expect(log.slice(-2)).toEqual([
-      "Refused 127.0.0.1:PORT: You gave no name within a minute.",
-      "Refused 127.0.0.1:PORT: Your name did not end with a newline within a minute.",
-    ]);
+    const none = "You gave no name within a minute.";
+    const unfinished = "Your name did not end with a newline within a minute.";
+    expect(await silent.rest()).toEqual([`* ${none}`]);
+    expect(await endless.rest()).toEqual([`* ${unfinished}`]);
+    const refused = [none, unfinished].map((why) => `Refused 127.0.0.1:PORT: ${why}`);
+    expect(log.slice(-2)).toEqual(refused);
     late.send("bob\n");
     expect(await late.line()).toBe("* The room contains: ");
 
@@ -1903,32 +1783,26 @@ describe("places", () => {
     await enter(room, "carol");
   });
 
-  test.each([
-    ["0.0.0.0", 64],
-    ["127.0.0.1", 70],
-    ["localhost", 70],
-    ["LOCALHOST", 70],
-    ["::ffff:127.0.0.1", 70],
-  ])("on %s are %d for 70 of one address, unless told otherwise", async (host, count) => {
-    const room = open({ host });
-    const crowd = await Promise.all(times(70, () => Peer.connect(room)));
-    const first = await Promise.all(crowd.map((peer) => peer.line()));
-    expect(first.filter((line) => line === WELCOME)).toHaveLength(count);
-    expect(first.filter((line) => line === TOO_MANY)).toHaveLength(70 - count);
-  });
+  const LOOPBACK = ["127.0.0.1", "localhost", "LOCALHOST", "::ffff:127.0.0.1"];
+  test.each(["0.0.0.0", ...LOOPBACK])(
+    "are 64 for one address, and unlimited on a loopback: %s",
+    async (host) => {
+      const room = open({ host });
+      const crowd = await Promise.all(times(70, () => Peer.connect(room)));
+      const first = await Promise.all(crowd.map((peer) => peer.line()));
+      const count = LOOPBACK.includes(host) ? 70 : 64;
+      expect(first.filter((line) => line === WELCOME)).toHaveLength(count);
+      expect(first.filter((line) => line === TOO_MANY)).toHaveLength(70 - count);
+    },
+  );
 
-  test.each([
-    ["127.0.0.1", "127.0.0.1"],
-    ["::ffff:127.0.0.1", "127.0.0.1"],
-    ["::FFFF:192.0.2.7", "192.0.2.7"],
-    ["2001:db8:1:2:3:4:5:6", "2001:db8:1:2"],
-    ["2001:db8:1:2::6", "2001:db8:1:2"],
-    ["2001:db8::6", "2001:db8:0:0"],
-    ["2001:db8::1:2:3:4:5", "2001:db8:0:1"],
-    ["::1", "0:0:0:0"],
-    ["fe80::1%eth0", "fe80:0:0:0"],
-  ])("are counted by address: %s is %s", (host, key) => {
-    expect(addressKey(host)).toBe(key);
+  const KEYS = `
+    127.0.0.1 = 127.0.0.1; ::ffff:127.0.0.1 = 127.0.0.1; ::FFFF:192.0.2.7 = 192.0.2.7;
+    2001:db8:1:2:3:4:5:6 = 2001:db8:1:2; 2001:db8:1:2::6 = 2001:db8:1:2; 2001:db8::6 = 2001:db8:0:0;
+    2001:db8::1:2:3:4:5 = 2001:db8:0:1; ::1 = 0:0:0:0; fe80::1%eth0 = fe80:0:0:0`;
+  test.each(rowsOf(KEYS))("are counted by address: %s", (row) => {
+    const [host = "", key] = row.split(" = ");
+    expect(addressKey(host)).toBe(`${key}`);
   });
 });
 
@@ -1936,8 +1810,7 @@ describe("places", () => {
 
 describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
   test("tells everybody, closes, and leaves the port free at once", async () => {
-    const room = openRoom();
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(openRoom(), "alice", "bob");
     const stranger = await greeted(room);
     const stopped = room.stop();
     for (const peer of [alice, bob, stranger]) {
@@ -1963,8 +1836,7 @@ describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
   });
 
   test("sends a slow reader's queue to its end", async () => {
-    const room = openRoom();
-    const [alice, carol] = await enterAll(room, "alice", "carol");
+    const [room, alice, carol] = await gather(openRoom(), "alice", "carol");
     const said = await lagBehind(room, alice, carol, 1024 * 1024 - 4100);
     // Now to the very byte: the notice of the shutdown does not fit any more.
     const text = "z".repeat(MIB - queued(room, "carol") - "[alice] \n".length);
@@ -1981,8 +1853,7 @@ describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
 
   test("is not held up by a flood that is held back, whose sender is told of the loss", async () => {
     jest.useFakeTimers();
-    const room = openRoom({ rate: 10 });
-    const [alice, bob] = await enterAll(room, "alice", "bob");
+    const [room, alice, bob] = await gather(openRoom({ rate: 10 }), "alice", "bob");
     alice.send("flood\n".repeat(50_000));
     await bob.lines(NEWCOMER_LINES);
     for (const peer of [alice, bob]) void peer.ended.promise.then(() => peer.socket.shutdown());
@@ -2103,7 +1974,6 @@ describe.concurrent("bun server.ts", () => {
   const { cert, key } = certificate;
   test.each([
     ["--port banana", 2, /^--port takes a number from 0 to 65535, not "banana"/],
-    ["--port 65536", 2, /^--port takes a number/],
     ["--port", 2, /^Option '--port <value>' argument missing/],
     ["--rate -1", 2, /^Option '--rate' argument is missing, or begins with -\./],
     ["--max-clients 0", 2, /^--max-clients takes a number from 1/],
@@ -2111,17 +1981,12 @@ describe.concurrent("bun server.ts", () => {
     ["--foo", 2, /^Unknown option '--foo'/],
     ["foo", 2, /^Unexpected argument 'foo'/],
     ["--host 192.0.2.1", 1, /^This machine has no such address/],
-    ["--host no.such.host.invalid", 1, /^This machine has no such address/],
     [`--tls-cert ${cert}`, 2, /^--tls-cert and --tls-key go together\. See/],
-    [`--tls-key ${key}`, 2, /^--tls-cert and --tls-key go together\. See/],
     ["--tls-key=", 2, /^--tls-cert and --tls-key go together\. See/],
-    ["--tls-cert= --tls-key=", 1, /^The certificate or the key is not in PEM/],
     [`--tls-cert ${folder}/none --tls-key ${key}`, 1, /^The file .*\/none cannot be read\./],
     [`--tls-cert ${cert} --tls-key ${folder}/none`, 1, /^The file .*\/none cannot be read/],
-    [`--tls-cert ${cert} --tls-key ${folder}`, 1, /not in PEM/],
     [`--tls-cert ${cert} --tls-key ${renewed.key}`, 1, /^The key does not belong to the cert/],
     [`--tls-cert ${JUNK} --tls-key ${key}`, 1, /^The certificate or the key is not in PEM/],
-    [`--tls-cert ${cert} --tls-key ${cert}`, 1, /^The certificate or the key is not in PEM/],
     [`--tls-cert ${cert} --tls-key ${EMPTY}`, 2, /empty file/],
   ])("with %s says in one line what is wrong, and exits with %d", async (options, code, reason) => {
     await Promise.all([Bun.write(JUNK, "no certificate\n"), Bun.write(EMPTY, "")]);
@@ -2156,15 +2021,11 @@ describe.concurrent("bun server.ts", () => {
     return await serveBy(["bash", "-c", `exec 3<&0; ${command}`]);
   }
 
-  test.each([
-    ["closed", "head -n 1"],
-    ["not read", "head -n 1; read -r -u 3"],
-  ])("goes on, and ends by SIGTERM, when its standard output is %s", async (_, reader) => {
-    const server = await serveInto(reader);
+  test("goes on, and ends by SIGTERM, when its standard output is closed", async () => {
+    const server = await serveInto("head -n 1");
     const [alice, bob] = await enterAll(server, "alice", "bob");
-    const lines = times(400, (number) => `${number} ${"t".repeat(4000)}`);
-    alice.send(toText(lines));
-    expect(await bob.lines(400)).toEqual(lines.map((line) => `[alice] ${line}`));
+    alice.send(toText(numbered(400)));
+    expect(await bob.lines(400)).toEqual(numbered(400, "alice"));
     await stillServes(server, alice, bob);
     server.child.kill("SIGTERM");
     for (const peer of [alice, bob]) {
@@ -2219,21 +2080,6 @@ describe.concurrent("bun server.ts", () => {
     await stillServes(server, alice, bob);
   });
 
-  test("does not mind connections that are reset before it accepts them", async () => {
-    const server = await serve("--rate", "0");
-    const alice = await enter(server, "alice");
-    server.child.kill("SIGSTOP");
-    const sockets = times(20, () => createConnection(server.port, "127.0.0.1"));
-    await Promise.all(sockets.map((socket) => once(socket, "connect")));
-    for (const socket of sockets) socket.resetAndDestroy();
-    server.child.kill("SIGCONT");
-    await alice.ping();
-    server.child.kill("SIGTERM");
-    await alice.rest();
-    alice.socket.end();
-    expect(await server.result()).toMatchObject({ code: 0, err: "" });
-  });
-
   test("ends in good order, with exit code 1, by an exception that nobody can explain", async () => {
     const fail = 'setTimeout(() => { throw new Error("on purpose") })';
     const code = `process.on("SIGUSR2", () => ${fail}); (await import("./server.ts")).main();`;
@@ -2268,13 +2114,11 @@ describe("the lines of the client", () => {
       const bytes = Buffer.concat(times(30, () => parts[random(parts.length)] ?? Buffer.alloc(0)));
       const split = splitLines(1000);
       const lines: string[] = [];
-      for (let at = 0; at < bytes.length;) {
-        const next = at + 1 + random(4);
+      for (let at = 0, next = 0; at < bytes.length; at = next) {
+        next = at + 1 + random(4);
         lines.push(...split(bytes.subarray(at, next)));
-        at = next;
       }
       lines.push(...split());
-
       const wanted = bytes.toString().split("\n").map(cleanTextOfClient);
       if (wanted.at(-1) === "") wanted.pop();
       expect(lines).toEqual(wanted);
@@ -2297,52 +2141,28 @@ describe("the lines of the client", () => {
   });
 
   test.each([
-    ["[bob] hi", { from: "bob" }],
+    ["[bob] * carol has left the chat", { from: "bob" }],
     ["[bob -> Zoë] hi", { from: "bob", to: "Zoë" }],
     ["[می‌خواهم] hi", { from: "می‌خواهم" }], // with a joiner
     ["* bob has joined the chat", { who: "bob", did: "joined" }],
     ["* bob has left the chat (too slow)", { who: "bob", did: "left" }],
     ["* bob has entered the room", { who: "bob", did: "entered" }],
     ["* bob is now called Bill", { who: "bob", renamed: "Bill" }],
-    ["* The room contains: bob, carol", { roster: " bob, carol" }],
     ["* The room contains:", { roster: "" }],
     ["* 1 person is here: bob", { roster: " bob" }],
     ["* 12 people are here: bob", { roster: " bob" }],
-    ["* bob is now called Bill Gates", {}],
-    ["* a b has left the chat", {}],
-    ["[not a name] hi", {}],
-    ["[bob]hi", {}],
-    [" [bob] hi", {}],
-    [`[${"a".repeat(65)}] hi`, {}],
-    ["[bob] * carol has left the chat", { from: "bob" }],
   ])("mean what they say: %s", (text, parts) => {
     expect(classify(text)).toEqual({ text, ...parts });
+  });
+
+  const PLAIN = `* bob is now called Bill Gates; * a b has left the chat; [not a name] hi; [bob]hi;
+    [${"a".repeat(65)}] hi`;
+  test.each([...rowsOf(PLAIN), " [bob] hi"])("mean nothing else: %s", (text) => {
+    expect(classify(text)).toEqual({ text });
   });
 });
 
 describe("wrapping", () => {
-  test.each([
-    ["a short text", "one two", 8, 20, ["one two"]],
-    ["between words, under the text", "one two three", 8, 18, ["one two", "........three"]],
-    ["at the very end", "one two", 3, 10, ["one two"]],
-    ["wide characters", "漢字 漢字 漢字", 4, 13, ["漢字 漢字", "....漢字"]],
-    ["no wider than wide characters", "漢字 漢字 漢字", 4, 12, ["漢字", "....漢字", "....漢字"]],
-    ["blanks that pad a row", `hi${" ".repeat(30)}* x`, 4, 20, ["hi", "....* x"]],
-    ["tabs that pad a row", "hi\t\t\t\t* x", 4, 20, ["hi", "....* x"]],
-    [
-      "a long word, which the terminal wraps",
-      "a http://b.org b",
-      4,
-      14,
-      ["a http://b.org", "....b"],
-    ],
-    ["blanks in disguise", "漢\u3000\u3000\u3000*x", 4, 11, ["漢\u3000\u3000", "....\u3000*x"]],
-  ] as const)("%s", (_, text, start, columns, rows) => {
-    const wrapped = wrapText(text, start, start, columns).split("\n");
-    const wanted = rows.map((row) => row.replace(/^\.+/, (dots) => " ".repeat(dots.length)));
-    expect(wrapped.map((row) => row.trimEnd())).toEqual(wanted.map((row) => row.trimEnd()));
-  });
-
   test("loses no word, and lets no row begin at the left, whatever the text", () => {
     const random = randomNumbers(3);
     const parts = `a|word| |   |漢字|\t|${FAMILY}|\u00a0|\u3000|*|\u2800`.split("|");
@@ -2350,8 +2170,8 @@ describe("wrapping", () => {
       const text = times(60, () => parts[random(parts.length)]).join("");
       const columns = 12 + random(40);
       const indent = 1 + random(columns >> 1);
-      const [first = "", ...others] = wrapText(text, indent, indent, columns).split("\n");
       const blank = " ".repeat(indent);
+      const [first = "", ...others] = wrapText(text, indent, indent, columns).split("\n");
       expect(others.filter((row) => !row.startsWith(blank))).toEqual([]);
       expect([first, ...others].join("").replace(/[ \t]+/g, "")).toBe(text.replace(/[ \t]+/g, ""));
       const shown = picture(`${blank}${[first, ...others].join("\r\n")}`, columns).text.split("\n");
@@ -2363,13 +2183,9 @@ describe("wrapping", () => {
 
 describe("rows of what is typed", () => {
   test.each([
-    ["abc|", ["abc"], 0, "abc"],
-    ["|", [""], 0, ""],
     ["abcdefghij|", ["abcdefghij", ""], 1, ""],
     ["abcdefghi|j", ["abcdefghij"], 0, "abcdefghi"],
-    ["|abcdefghijk", ["abcdefghij", "k"], 0, ""],
     ["abcdefghij|k", ["abcdefghij", "k"], 1, ""],
-    ["abcdefghi漢|", ["abcdefghi", "漢"], 1, "漢"],
     ["abcdefghi|漢", ["abcdefghi", "漢"], 1, ""],
     [`12345678${FLAGS}|x`, ["12345678🇩🇪", "🇫🇷x"], 1, "🇫🇷"],
     [`1234567${FAMILY}${FAMILY}|`, [`1234567${FAMILY}`, FAMILY], 1, FAMILY],
@@ -2392,53 +2208,32 @@ describe("the editor", () => {
     return `${editor.text.slice(0, editor.cursor)}|${editor.text.slice(editor.cursor)}`;
   }
 
-  test.each([
-    ["in the middle", "hello<left><left>X", "helX|lo"],
-    ["the ends", "ell<home>h<end>o<ctrl+a><ctrl+f><ctrl+e><ctrl+b>", "hell|o"],
-    ["nothing beyond the ends", "a<left><left><backspace><right><right><delete>b", "ab|"],
-    ["Left over a family", `a${FAMILY}b<left><left>`, `a|${FAMILY}b`],
-    ["Right over a family", `a${FAMILY}b<home><right><right>`, `a${FAMILY}|b`],
-    ["Backspace over a family", `a${FAMILY}b<left><backspace>`, "a|b"],
-    ["Delete over a family", `${FAMILY}b<home><delete>`, "|b"],
-    ["between two flags", `${FLAGS}<left>`, "🇩🇪|🇫🇷"],
-    ["Backspace over a flag", `${FLAGS}<backspace>`, "🇩🇪|"],
-    ["a letter with an accent", "ae\u0301<backspace>b", "ab|"],
-    ["a syllable of two letters", "कि<left>x", "x|कि"],
-    ["Ctrl+W, Ctrl+Y", "one two  three<ctrl+w><ctrl+y><ctrl+y>", "one two  threethree|"],
-    ["Ctrl+W with blanks behind", "one two  <ctrl+w>", "one |"],
-    ["Ctrl+U", "one two<left><ctrl+u>", "|o"],
-    ["Ctrl+K", "one two<home><alt+f><ctrl+k>", "one|"],
-    ["Ctrl+Y brings back the last one only", "one two<ctrl+w><ctrl+u><ctrl+y>", "one |"],
-    ["what kills nothing forgets nothing", "a b<ctrl+w><ctrl+k><end><ctrl+y>", "a b|"],
-    ["Backspace is not brought back", "a b<ctrl+w><backspace><ctrl+y>", "ab|"],
-    ["word by word", "one two three<alt+b><ctrl+left><alt+d>X", "one X| three"],
-    ["word by word, to the right", "one two<home><alt+right><ctrl+right>!", "one two!|"],
-    ["Alt+Backspace", "one two<alt+backspace>", "one |"],
-    ["Ctrl+D", "ab<home><ctrl+d>", "|b"],
-    ["keys that mean nothing", "a<f><ctrl+x><escape>b", "ab|"],
-
-    ["Up and Down", "one<enter>two<enter><up><up><down>", "two|"],
-    ["Up does not go beyond the first", "one<enter>two<enter><up><up><up><up><down>", "two|"],
-    ["Ctrl+P, Ctrl+N", "one<enter>two<enter><ctrl+p><ctrl+p><ctrl+n>!", "two!|"],
-    ["a draft comes back", "one<enter>hello world<home><up><down>", "hello world|"],
-    ["a draft like no old line is kept", "one<enter>xyz<up><up><down>", "xyz|"],
-    ["a draft without history", "hello<home><up><down>", "|hello"],
-    ["a draft survives a long walk", "a<enter>b<enter>c<up><up><down><down><down>", "c|"],
-    ["what is said twice is kept once", "a<enter>b<enter>b<enter><up><up>", "a|"],
-    ["blank lines are not kept", "a<enter> <enter><enter><up>", "a|"],
-    ["an old line is not changed", "one<enter><up>X<enter><up><up>", "one|"],
-
-    ["Tab", "b<tab>", "Boris: |"],
-    ["Tab, Tab", "b<tab><tab>", "bill: |"],
-    ["all around", "b<tab><tab><tab><tab>", "Boris: |"],
-    ["Shift+Tab goes back", "b<tab><tab><shift+tab>", "Boris: |"],
-    ["Shift+Tab begins with the last", "b<shift+tab>", "bob: |"],
-    ["Tab keeps what stands behind", "b me<home><right><tab>", "Boris: | me"],
-    ["Tab twice keeps it, too", "b me<home><right><tab><tab>", "bill: | me"],
-    ["Tab anew after a letter", "b<tab><backspace><backspace><tab><tab>", "Boris: |"],
-    ["Tab with nothing to offer", "x<tab><tab>y", "xy|"],
-  ])("%s", (_, typed, wanted) => {
-    expect(edit(typed)).toBe(wanted);
+  // A row is what is typed, and what is in the editor then.
+  const MOVING = `
+    hello<left><left>X = helX|lo; ell<home>h<end>o<ctrl+a><ctrl+f><ctrl+e><ctrl+b> = hell|o;
+    a<left><left><backspace><right><right><delete>b = ab|; a${FAMILY}b<left><left> = a|${FAMILY}b;
+    a${FAMILY}b<home><right><right> = a${FAMILY}|b; a${FAMILY}b<left><backspace> = a|b;
+    ${FAMILY}b<home><delete> = |b; ${FLAGS}<left> = 🇩🇪|🇫🇷; ${FLAGS}<backspace> = 🇩🇪|;
+    ae\u0301<backspace>b = ab|; कि<left>x = x|कि; one two three<alt+b><ctrl+left><alt+d>X = one X| three;
+    one two<home><alt+right><ctrl+right>! = one two!|; ab<home><ctrl+d> = |b; a<f><ctrl+x><escape>b = ab|`;
+  const KILLING = `
+    one two  three<ctrl+w><ctrl+y><ctrl+y> = one two  threethree|; one two  <ctrl+w> = one |;
+    one two<left><ctrl+u> = |o; one two<home><alt+f><ctrl+k> = one|; one two<alt+backspace> = one |;
+    one two<ctrl+w><ctrl+u><ctrl+y> = one |; a b<ctrl+w><ctrl+k><end><ctrl+y> = a b|;
+    a b<ctrl+w><backspace><ctrl+y> = ab|`;
+  const HISTORY = `
+    one<enter>two<enter><up><up><down> = two|; one<enter>two<enter><up><up><up><up><down> = two|;
+    one<enter>two<enter><ctrl+p><ctrl+p><ctrl+n>! = two!|; one<enter>xyz<up><up><down> = xyz|;
+    one<enter>hello world<home><up><down> = hello world|; hello<home><up><down> = |hello;
+    a<enter>b<enter>c<up><up><down><down><down> = c|; a<enter>b<enter>b<enter><up><up> = a|;
+    a<enter> <enter><enter><up> = a|; one<enter><up>X<enter><up><up> = one|`;
+  const COMPLETING = `
+    b<tab> = Boris: |; b<tab><tab> = bill: |; b<tab><tab><tab><tab> = Boris: |; x<tab><tab>y = xy|;
+    b<tab><tab><shift+tab> = Boris: |; b<shift+tab> = bob: |; b me<home><right><tab> = Boris: | me;
+    b me<home><right><tab><tab> = bill: | me; b<tab><backspace><backspace><tab><tab> = Boris: |`;
+  test.each([MOVING, KILLING, HISTORY, COMPLETING].flatMap(rowsOf))("%s", (row) => {
+    const [typed = "", wanted] = row.split(" = ");
+    expect(edit(typed)).toBe(`${wanted}`);
   });
 
   test("keeps the last thousand lines", () => {
@@ -2448,43 +2243,27 @@ describe("the editor", () => {
     expect(edit("<up><down>", editor)).toBe("line 2|");
   });
 
-  test.each([
-    ["a paste", "{/quit}", true],
-    ["typed", "/quit", false],
-    ["typed behind a paste", "{/qu}it", true],
-    ["pasted behind what is typed", "/msg bob {text}", false],
-    ["pasted before what is typed", "it<home>{/qu}", true],
-    ["typed before a paste", "{quit}<home>/", false],
-    ["typed after a paste is erased", "{/}<backspace>/quit", false],
-    ["another line than the pasted one", "{/a}<enter>/b", false],
-    ["a draft that comes back", "a<enter>{/quit}<up><down>", true],
-    ["nothing, after a paste is erased", "{/}<backspace>", false],
-    ["brought back", "{/quit}<enter>/who<enter><up><up>", true],
-    ["taken away and brought back", "{/quit}<ctrl+u><ctrl+y>", true],
-    ["a typed one brought back instead of a paste", "a<enter>{b}<up>", false],
-  ])("knows whether a line begins with a paste: %s", (_, typed, isPasted) => {
-    const editor = createEditor(() => []);
-    edit(typed, editor);
-    expect(editor.enter(true).isPasted).toBe(isPasted);
-    expect([editor.text, editor.cursor]).toEqual(["", 0]);
-  });
+  const PASTED = `{/quit}; {/qu}it; it<home>{/qu}; a<enter>{/quit}<up><down>; {/quit}<ctrl+u><ctrl+y>;
+    {/quit}<enter>/who<enter><up><up>`;
+  const TYPED = `/quit; /msg bob {text}; {quit}<home>/; {/}<backspace>/quit; {/a}<enter>/b; {/}<backspace>;
+    a<enter>{b}<up>`;
+  test.each(rowsOf(`${PASTED}; ${TYPED}`))(
+    "knows whether a line begins with a paste: %s",
+    (row) => {
+      const editor = createEditor(() => []);
+      edit(row, editor);
+      expect(editor.enter(true).isPasted).toBe(rowsOf(PASTED).includes(row));
+      expect([editor.text, editor.cursor]).toEqual(["", 0]);
+    },
+  );
 
-  test.each([
-    ["b", ["Boris: ", "bill: ", "bob: "]],
-    ["BO", ["Boris: ", "bob: "]],
-    ["hi b", ["hi Boris ", "hi bill ", "hi bob "]],
-    ["@b", ["@Boris ", "@bill ", "@bob "]],
-    ["hi @BI", ["hi @bill "]],
-    ["/msg ", ["/msg Boris ", "/msg bill ", "/msg bob "]],
-    ["", ["Boris: ", "bill: ", "bob: "]],
-    ["x", []],
-    ["/m", ["/msg "]],
-    ["/I", ["/ignore "]],
-    ["/", ["/help ", "/who ", "/nick ", "/msg ", "/ignore ", "/quit "]],
-    ["//m", []],
-    ["say /m", []],
-  ])("offers for %j: %j", (before, offers) => {
-    expect(complete(before, people)).toEqual(offers);
+  const OFFERS = `
+    b = Boris: |bill: |bob: |; BO = Boris: |bob: |; hi b = hi Boris |hi bill |hi bob |; x = ; //m = ; say /m = ;
+    @b = @Boris |@bill |@bob |; hi @BI = hi @bill |; /msg  = /msg Boris |/msg bill |/msg bob |;
+    /m = /msg |; /I = /ignore |; / = /help |/who |/nick |/msg |/ignore |/quit |`;
+  test.each(rowsOf(OFFERS))("offers %s", (row) => {
+    const [typed = "", offers = ""] = row.split(/ = ?/);
+    expect(complete(typed, people)).toEqual(offers.split("|").slice(0, -1));
   });
 
   test("offers the very name first", () => {
@@ -2498,21 +2277,16 @@ describe("the editor", () => {
 describe("a roster", () => {
   const roster = (names: readonly string[]) => classify(`* The room contains: ${names.join(", ")}`);
 
-  test("that fits two rows is shown as it is", () => {
-    const entry = roster(["bob", "Alice", "carol"]);
-    expect(shortenRoster(entry, 40)).toBe(entry.text);
+  test("that fits two rows is shown as it is, others are counted, sorted and cut", () => {
+    const few = roster(["bob", "Alice", "carol"]);
+    expect(shortenRoster(few, 40)).toBe(few.text);
     expect(shortenRoster({ text: "x".repeat(500) }, 40)).toBe("x".repeat(500));
-  });
-
-  test("of many is counted, sorted and cut to two rows", () => {
-    const many = roster(["Zoë", "bob", "Alice", "élan", ...times(200, (n) => `x${n}`)]);
-    expect(shortenRoster(many, 60)).toStartWith(
-      "* 204 people are here: Alice, bob, élan, x0, x1, ",
-    );
+    const many = roster(["Zoë", "bob", "Alice", "élan", ...called("x", 200)]);
+    const begin = "* 204 people are here: Alice, bob, élan, x0, x1, ";
+    expect(shortenRoster(many, 60)).toStartWith(begin);
     for (let columns = 40; columns < 200; columns++) {
       const text = shortenRoster(many, columns);
-      const [, names = "", more] =
-        /here: (.*) and (\d+) more \(\/who shows all\)$/.exec(text) ?? [];
+      const [, names = "", more] = /: (.*) and (\d+) more \(\/who shows all\)$/.exec(text) ?? [];
       expect(names.split(", ").length + Number(more)).toBe(204);
       const rows = wrapText(text.slice(2), 8, 8, columns).split("\n");
       expect(rows.length).toBeLessThanOrEqual(2);
@@ -2521,15 +2295,7 @@ describe("a roster", () => {
   });
 });
 
-/** Waits until a terminal shows these rows at its bottom, without times, with `|` for the cursor. */
-async function shows(terminal: Terminal, wanted: string, columns = 80, height = Infinity) {
-  const look = () => `\n${picture(terminal.out.text, columns, height).marked}`;
-  await terminal.out.soon(
-    () => look().endsWith(`\n${wanted}`) || undefined,
-    () => `no ${JSON.stringify(wanted)} in ${look().slice(-2000)}`,
-  );
-}
-
+const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
 const MENU = `1. Join the chat
 q. Leave the chat
 2. Exit the program
@@ -2539,97 +2305,57 @@ describe("the menu", () => {
   test("speaks as it always has, and q in the chat comes back to it", async () => {
     const server = budgetChat();
     const alex = inTerminal(client(server.port));
-    await shows(alex, `Connected to server.\n${MENU}|`);
-    alex.type("3\r");
-    await shows(alex, `Enter your choice: 3\nInvalid choice. Try again.\n${MENU}|`);
-    alex.type("1\r");
-    await shows(alex, "Enter your choice: 1\nEnter your username: |");
-    alex.type(" Alex \r");
+    await alex.shows(`Connected to server.\n${MENU}|`);
+    await alex.press("3\r", `Enter your choice: 3\nInvalid choice. Try again.\n${MENU}|`);
+    await alex.press("1\r", "Enter your choice: 1\nEnter your username: |");
     const inRoom = "Joining the chat as Alex...\n* The room contains: bob, carol\nYou: ";
-    await shows(alex, `Enter your username:  Alex\n${inRoom}|`);
-    alex.type("Hello everyone!\rQ\r");
-    const left = "You: Hello everyone!\nLeaving the chat...\nConnection closed.\n";
-    await shows(alex, `${left}${MENU}|`);
-    alex.type("1\rAlex\r");
-    await shows(alex, `${inRoom}|`);
-    alex.type("q\r");
-    await shows(alex, `Leaving the chat...\nConnection closed.\n${MENU}|`);
+    await alex.press(" Alex \r", `Enter your username:  Alex\n${inRoom}|`);
+    const left = "Leaving the chat...\nConnection closed.\n";
+    await alex.press("Hello everyone!\rQ\r", `You: Hello everyone!\n${left}${MENU}|`);
+    await alex.press("1\rAlex\r", `${inRoom}|`);
+    await alex.press("q\r", `${left}${MENU}|`);
     alex.type("Q\r");
-    await alex.out.until("Disconnecting from the server...\r\n");
-    expect(await alex.exited()).toBe(0);
+    await alex.ends(0, "Disconnecting from the server...\r\n");
     const [, ...said] = server.heard.text.split("joined: ");
     const round = /^Alex\n(Alex: Hello everyone!\n)?end of Alex\nclosed Alex\n/;
     expect(said.map((words) => round.test(words))).toEqual([true, true]);
   });
 
-  test("takes what is typed ahead, and 2 ends the program", async () => {
-    const server = budgetChat();
-    const alex = inTerminal(client(server.port));
-    alex.type("1\rＡlex\rone\rtwo\rq\r2\r"); // the first letter is a wide one
-    await server.heard.until("joined: Alex\nAlex: one\nAlex: two\nend of Alex\n");
-    await alex.out.until("Exiting the program.\r\n");
-    expect(await alex.exited()).toBe(0);
-  });
-
   test("is ended by an empty line, but not by a paste, with or without brackets", async () => {
     const alex = inTerminal(pacedClient({ blank: 50 }, budgetChat().port));
-    await shows(alex, `${MENU}|`);
-    alex.type(`${paste("one\r\r2\rq\r/quit\r")}two\r\r1\r`);
-    await shows(alex, "Enter your choice: 1\nEnter your username: |");
+    await alex.shows(`${MENU}|`);
+    const pasted = `${paste("one\r\r2\rq\r/quit\r")}two\r\r1\r`;
+    await alex.press(pasted, "Enter your choice: 1\nEnter your username: |");
+    await alex.press("\r", `Enter your username:\n${MENU}|`);
     alex.type("\r");
-    await shows(alex, `Enter your username:\n${MENU}|`);
-    alex.type("\r");
-    await alex.out.until("Exiting the program.\r\n");
-    expect(await alex.exited()).toBe(0);
+    await alex.ends(0, "Exiting the program.\r\n");
   });
 
   test("connects again when the server is gone, was reset, or comes back later", async () => {
     const server = budgetChat();
     const alex = inTerminal(client(server.port));
-    await shows(alex, `${MENU}|`);
+    await alex.shows(`${MENU}|`);
     server.drop();
-    alex.type("3\r");
-    await shows(alex, `Invalid choice. Try again.\n${MENU}|`);
+    await alex.press("3\r", `Invalid choice. Try again.\n${MENU}|`);
     alex.type("1\rAlex\rone\rq\r");
     await server.heard.until("Alex: one\nend of Alex\nclosed Alex\n");
-    await shows(alex, `${MENU}|`);
+    await alex.shows(`${MENU}|`);
     server.stop();
-    alex.type("1\rAlex\r");
-    const address = `127.0.0.1:${server.port}`;
-    await shows(alex, `Could not connect to ${address}. Is the server running?\n${MENU}|`);
+    const words = `Could not connect to 127.0.0.1:${server.port}. Is the server running?\n`;
+    await alex.press("1\rAlex\r", `${words}${MENU}|`);
     const again = budgetChat({ port: server.port });
     alex.type("1\rAlex\rtwo\r");
     await again.heard.until("joined: Alex\nAlex: two\n");
   });
-
-  test("is left out with --name, and names that are refused are asked for again", async () => {
-    const server = budgetChat();
-    server.refusals.push("* The name Alex is taken.", "* A name is 1 to 32 letters and digits.");
-    const alex = inTerminal(client(server.port, "--name", "Alex"));
-    const begin = "Connected to server.\nJoining the chat as Alex...\n* The name Alex is taken.\n";
-    await shows(alex, `${begin}Enter your username: |`);
-    alex.type("!\r");
-    await shows(alex, "* A name is 1 to 32 letters and digits.\nEnter your username: |");
-    alex.type("Al\rhi\r");
-    await server.heard.until("refused: Alex\n");
-    await server.heard.until("refused: !\n");
-    await server.heard.until("joined: Al\nAl: hi\n");
-  });
 });
 
 describe("the way out", () => {
-  test.each([
-    ["an empty line", "\r"],
-    ["/quit, in any case", "/QUIT \r"],
-    ["Ctrl+D", "\x04"],
-    ["Ctrl+C with a line half typed, which vanishes,", "half a li\x03"],
-  ])("%s ends the program, and what was said before arrives", async (_, keys) => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { pace: { blank: 20 } });
-    alex.type(`bye\r${keys}`);
-    await server.heard.until("Alex: bye\nend of Alex\n");
-    expect(await alex.exited()).toBe(0);
-    expect(picture(alex.out.text, 80).text).toEndWith("* The room contains: bob, carol\nYou: bye");
+  const WAYS = ["\r", "/QUIT \r", "\x04", "half a line that vanishes\x03"];
+  test.each(WAYS)("%j ends the program, and what was said before arrives", async (keys) => {
+    const { alex, say } = await joined({ pace: { blank: 20 } });
+    await say(`bye\r${keys}`, "Alex: bye\nend of Alex\n");
+    await alex.ends(0);
+    expect(alex.picture().text).toEndWith("* The room contains: bob, carol\nYou: bye");
   });
 
   test.each([
@@ -2674,9 +2400,8 @@ describe("the way out", () => {
     const program = ["sh", "-c", `exec "$0" "$@" 2>${problems}`];
     const alex = inTerminal([...program, ...client(server.port, "--name", "Alex")]);
     await alex.out.until("You: ");
-    alex.type("half a li");
-    await alex.out.until("half a li");
-    alex.hangUp();
+    await alex.press("half a li", "You: half a li|");
+    alex.child.terminal?.close();
     await server.heard.until("end of Alex");
     await alex.child.exited;
     expect(await Bun.file(problems).text()).toBe("");
@@ -2694,55 +2419,41 @@ describe("the way out", () => {
     await shell.out.until(/Stopped[^]*\[shell\] /);
     shell.type("fg\r");
     await shell.out.until("You: hello wor");
-    shell.type("ld\x01!");
-    await shows(shell, "You: !|hello world");
+    await shell.press("ld\x01!", "You: !|hello world");
     process.kill(Number(pid), "SIGSTOP");
     await shell.out.until(/Stopped[^]*\[shell\] /);
     server.say("[bob] meanwhile");
     shell.type("fg\r");
     await shell.out.until("You: !hello world");
-    shell.type("\x05?");
-    await shows(shell, "[bob] meanwhile\nYou: !hello world?|");
+    await shell.press("\x05?", "[bob] meanwhile\nYou: !hello world?|");
     shell.type("\r\x04");
     await server.heard.until("Alex: !hello world?\nend of Alex\n");
     await shell.out.until("[shell] ");
   });
 
   test("says what was not sent, and what may be lost", async () => {
-    const server = budgetChat({ resets: true });
-    const alex = await joined(server);
-    alex.type("one\rq\r");
-    const words =
-      "You: one\nLeaving the chat...\nThe last lines may be lost.\nConnection closed.\n";
-    await shows(alex, `${words}${MENU}|`);
+    const { alex, server } = await joined({ habits: { resets: true } });
+    const words = "Leaving the chat...\nThe last lines may be lost.\nConnection closed.\n";
+    await alex.press("one\rq\r", `You: one\n${words}${MENU}|`);
     alex.type("1\rAlex\rtwo\r/quit\r");
-    await alex.out.until("The last lines may be lost.\r\n");
-    expect(await alex.exited()).toBe(1);
+    await alex.ends(1, "The last lines may be lost.\r\n");
 
-    const kim = await joined(server);
+    const { alex: kim } = await joined({ server });
     server.stop();
     await kim.out.until("Trying again");
     kim.type("one\rtwo\r/quit\r");
-    await kim.out.until("2 lines were not sent.\r\n");
-    expect(await kim.exited()).toBe(1);
+    await kim.ends(1, "2 lines were not sent.\r\n");
   });
 
-  test.each([
-    ["/quit", "/quit\r"],
-    ["Ctrl+D", "\x04"],
-    ["Ctrl+C", "\x03"],
-    ["q", "q\r"],
-  ])("Ctrl+C after %s ends it at once, though the server does not close", async (_, keys) => {
-    const server = budgetChat({ neverCloses: true });
+  const SLOW_WAYS = ["/quit\r", "\x04", "\x03", "q\r"];
+  test.each(SLOW_WAYS)("Ctrl+C after %j ends it though the server does not close", async (keys) => {
     const pace = { patience: 1, signal: 60_000, exit: 60_000 };
-    const alex = await joined(server, [], { pace });
-    alex.type(`bye\r${keys}`);
-    await server.heard.until("Alex: bye\nend of Alex\n");
+    const { alex, say } = await joined({ habits: { neverCloses: true }, pace });
+    await say(`bye\r${keys}`, "Alex: bye\nend of Alex\n");
     const patience = "Waiting for the server to take the last lines. Ctrl+C ends at once.\r\n";
     if (keys !== "\x03") await alex.out.until(patience);
-    alex.type("\x03");
-    await alex.out.until("The last lines may be lost.\r\n");
-    await alex.exited();
+    await alex.prints("\x03", "The last lines may be lost.\r\n");
+    await alex.child.exited;
   });
 
   test.each([
@@ -2752,19 +2463,17 @@ describe("the way out", () => {
     const server = budgetChat();
     const command = pacedClient({ signal: 100, exit: 200 }, server.port, ["--name", "Alex"]);
     const program = ["sh", "-c", `exec "$0" "$@" 2>&1`, ...command];
-    const holder = inPipe([
-      process.execPath,
-      "--eval",
-      `const child = Bun.spawn(${JSON.stringify(program)}, ${options});
+    const holding = `
+      const child = Bun.spawn(${JSON.stringify(program)}, ${options});
       console.log("pid", child.pid);
       const code = await child.exited;
-      console.log("code", code, "memory", child.resourceUsage().maxRSS);`,
-    ]);
+      console.log("code", code, "memory", child.resourceUsage().maxRSS);`;
+    const holder = inPipe([process.execPath, "--eval", holding]);
     const [, pid] = await holder.out.until(/pid (\d+)/);
     await server.heard.until("joined: Alex\n");
     holder.child.kill("SIGSTOP"); // so it reads nothing any more
-    const guest = server.guests[0];
-    guest?.send("* bob has joined the chat\n* bob has left the chat\n".repeat(600_000));
+    const news = "* bob has joined the chat\n* bob has left the chat\n";
+    server.guests[0]?.send(news.repeat(600_000));
     await Bun.sleep(150); // in which it could take all of that in
     process.kill(Number(pid), "SIGINT");
     const isAlive = () => !/^State:\s+Z/m.test(fs.readFileSync(`/proc/${pid}/status`, "latin1"));
@@ -2772,7 +2481,7 @@ describe("the way out", () => {
     holder.child.kill("SIGCONT");
     const [, exitCode, bytes] = await holder.out.until(/code (\d+) memory (\d+)/);
     expect(Number(exitCode)).toBe(code);
-    expect(Number(bytes)).toBeLessThan(100 * 1024 * 1024);
+    expect(Number(bytes)).toBeLessThan(100 * MIB);
   });
 });
 
@@ -2781,10 +2490,8 @@ describe("typing", () => {
   const wide = "漢字かな交じり文を書いている人の端末は四十桁しかない、それでも乱れない";
 
   test("is not disturbed by what arrives", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { columns: 40 });
+    const { alex, server } = await joined({ columns: 40 });
     for (const [text, keys, before] of [
-      ["hello", "", "hello"],
       ["hello", "\x1b[D\x1b[D", "hel"],
       [long, "", long],
       [long, "\x01", ""],
@@ -2814,13 +2521,12 @@ describe("typing", () => {
         above = above.replace(/You: $/, `${said.join("\r\n")}\r\nYou: `);
         await settled();
       }
-      alex.type("\x05\x15");
-      await shows(alex, "You: |", 40);
+      await alex.press("\x05\x15", "You: |");
     }
   });
 
   test("knows the keys of readline", async () => {
-    const alex = await joined(budgetChat());
+    const { alex } = await joined();
     for (const [keys, wanted] of [
       ["ab\x1b[Dc\x1bOD\x7f", "|cb"],
       ["ab\x1b[H\x1b[3~x\x1b[F!", "xb!|"],
@@ -2830,213 +2536,172 @@ describe("typing", () => {
       ["one two\x17\x19\x19", "one twotwo|"],
       ["one two\x1b\x7f\x01\x1bd!", "!|"],
       ["one two\x02\x0b\x15\x19", "one tw|"],
-      ["a\t\tb\x1bx\x1b[15~\x1b[5~", "ab|"],
-      ["é漢👍🏽", "é漢👍🏽|"],
+      ["a\t\tb\x1bx\x1b[15~\x1b[5~é漢👍🏽", "abé漢👍🏽|"],
       [paste("a\tb\x1b[31m\x07c"), "a bc|"],
     ] as const) {
-      alex.type(keys);
-      await shows(alex, `You: ${wanted}`);
-      alex.type("\x05\x15");
-      await shows(alex, "You: |");
+      await alex.press(keys, `You: ${wanted}`);
+      await alex.press("\x05\x15", "You: |");
     }
-    alex.type("x\x0c");
-    await alex.out.until("\x1b[H\x1b[2J");
+    await alex.prints("x\x0c", "\x1b[H\x1b[2J");
     const begin = alex.out.text.length;
-    alex.type("y");
-    await alex.out.until("You: xy");
+    await alex.prints("y", "You: xy");
     expect(picture(alex.out.text.slice(begin), 80).marked).toBe("You: xy|");
   });
 
   test("is drawn anew when the window becomes narrower and wider", async () => {
-    const server = budgetChat();
-    const alex = await joined(server);
+    const { alex, server, say } = await joined();
     const draft = long.slice(0, 69);
     const cut = (columns: number) => {
       const rows = `You: ${draft}`.match(RegExp(`.{1,${columns}}`, "g")) ?? [];
-      return rows.map((row) => row.trimEnd()).join("\n");
+      return `${rows.map((row) => row.trimEnd()).join("\n")}|`;
     };
-    alex.type(draft);
-    await shows(alex, `${cut(80)}|`);
+    await alex.press(draft, cut(80));
     for (const columns of [30, 20, 100, 10, 80]) {
       alex.resize(columns);
       await alex.out.until(`${columns}t`);
       await alex.out.until("You: ");
-      await shows(alex, `${cut(columns)}|`);
+      await alex.shows(cut(columns));
       server.say(`[bob] ${columns}`);
       await alex.out.until(`${columns}\r\n`);
-      await shows(alex, `${cut(columns)}|`);
+      await alex.shows(cut(columns));
     }
-    const { text } = picture(alex.out.text, 80);
+    const { text } = alex.picture();
     expect(text.match(/You: /g)).toHaveLength(1); // no ghost of an older drawing
     expect(text.match(/lazy/g)).toHaveLength(1);
-    alex.type("\r");
-    await server.heard.until(`Alex: ${draft}\n`);
+    await say("\r", `Alex: ${draft}\n`);
   });
 
   test("shows the rows around the cursor where the window is too small for all", async () => {
-    const server = budgetChat();
-    const alex = inTerminal(client(server.port, "--name", "Alex"), { columns: 10, rows: 5 });
-    await alex.out.until("You: ");
+    const { alex, server, say } = await joined({ columns: 10, rows: 5 });
     const draft = times(50, (number) => `${number + 10}`).join("");
     const rows = `You: ${draft}`.match(/.{1,10}/g) ?? [];
-    alex.type(draft);
-    await shows(alex, `${rows.slice(-4).join("\n")}|`, 10, 5);
-    alex.type("\x01");
-    const begin = `${rows.slice(0, 4).join("\n").replace("You: ", "You: |")}`;
-    await shows(alex, begin, 10, 5);
+    await alex.press(draft, `${rows.slice(-4).join("\n")}|`);
+    const begin = rows.slice(0, 4).join("\n").replace("You: ", "You: |");
+    await alex.press("\x01", begin);
     server.say("[bob] hi");
     await alex.out.until("hi\r\n");
-    await shows(alex, `     hi\n${begin}`, 10, 5);
-    const { text } = picture(alex.out.text, 10, 5);
-    expect(text.match(/You: /g)).toHaveLength(1);
-    alex.type("\r");
-    await server.heard.until(`Alex: ${draft}\n`);
-  });
-
-  test("a line that is too long is cut with a word, and quickly", async () => {
-    const server = budgetChat();
-    const alex = await joined(server);
-    alex.type(`${paste("0123456789".repeat(2000))}\r`);
-    const { text } = server.heard;
-    await alex.out.until("A line takes 8192 characters. What follows is left out.\r\n");
-    await server.heard.until(/Alex: \d+\n/);
-    const kept = "0123456789".repeat(820).slice(0, 8192);
-    expect(server.heard.text.slice(text.length)).toBe(`Alex: ${kept}\n`);
+    await alex.shows(`     hi\n${begin}`);
+    expect(alex.picture().text.match(/You: /g)).toHaveLength(1);
+    await say("\r", `Alex: ${draft}\n`);
   });
 
   test("completes commands and names of those present, the latest speaker first", async () => {
-    const server = budgetChat({ roster: "* The room contains: bob, bill, Boris, carol" });
-    const alex = await joined(server, [], { pace: { crowd: 1 } });
-    const say = async (keys: string, wanted: string) => {
-      alex.type(`${keys}.\r`);
-      await server.heard.until(`Alex: ${wanted}.\n`);
-    };
+    const roster = "* The room contains: bob, bill, Boris, carol";
+    const { alex, server, say } = await joined({ habits: { roster }, pace: { crowd: 1 } });
+    const offers = (keys: string, wanted: string) => say(`${keys}.\r`, `Alex: ${wanted}.\n`);
     server.say("[bill] hi", "[Alex -> carol] hi", "* bob has left the chat");
     server.say("* bea has joined the chat");
     await alex.out.until("bea has joined");
-    await say("b\t", "bea: ");
-    await say("b\t\t", "bill: ");
-    await say("b\t\t\t", "Boris: ");
-    await say("b\t\t\t\x1b[Z", "bill: ");
-    await say("\t\t", "carol: ");
-    await say("a\t", "a"); // not oneself
-    await say("/m\tca\t", "/msg carol ");
-    await say("b\t\t\t\t", "bea: "); // around, for bob has left
+    await offers("b\t", "bea: ");
+    await offers("b\t\t", "bill: ");
+    await offers("b\t\t\t", "Boris: ");
+    await offers("b\t\t\t\x1b[Z", "bill: ");
+    await offers("\t\t", "carol: ");
+    await offers("a\t", "a"); // not oneself
+    await offers("/m\tca\t", "/msg carol ");
+    await offers("b\t\t\t\t", "bea: "); // around, for bob has left
     server.say("* carol is now called dora");
     await alex.out.until("dora");
-    await say("c\t", "c");
-    await say("d\t", "dora: ");
+    await offers("c\t", "c");
+    await offers("d\t", "dora: ");
     server.say("* The room contains: zoe");
     await alex.out.until("zoe");
-    await say("d\t", "d");
-    await say("@z\t", "@zoe ");
+    await offers("d\t", "d");
+    await offers("@z\t", "@zoe ");
   });
 
-  test("brings back what was said, and nothing of the menu", async () => {
+  test("brings back what was said, and nothing of the menu, which 2 ends", async () => {
     const server = budgetChat();
     const alex = inTerminal(client(server.port));
-    alex.type("1\rAlex\r");
-    await shows(alex, "You: |");
-    alex.type("first\rsecond\rdraft\x1b[A\x1b[A\x1b[A!\r");
-    await server.heard.until("second\nAlex: first!\n");
-    alex.type("dr\x1b[A\x1b[Baft\r");
-    await server.heard.until("Alex: draft\n");
+    await alex.press("1\rＡlex\r", "You: |"); // the first letter is a wide one
+    alex.type("one\rtwo\rdraft\x1b[A\x1b[A\x1b[A!\r");
+    await server.heard.until("joined: Alex\nAlex: one\nAlex: two\nAlex: one!\n");
+    alex.type("dr\x1b[A\x1b[Baft\rq\r2\r");
+    await server.heard.until("Alex: draft\nend of Alex\n");
+    await alex.ends(0, "Exiting the program.\r\n");
   });
 
   test("a blank line ends nothing when more input follows", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { pace: { blank: 60 } });
-    alex.type("one\r\r\rtwo\r\rx");
-    await server.heard.until("Alex: one\nAlex: two\n");
+    const { alex, server, say } = await joined({ pace: { blank: 60 } });
+    await say("one\r\r\rtwo\r\rx", "Alex: one\nAlex: two\n");
     const begin = performance.now();
     while (performance.now() - begin < 120) {
-      alex.type("x");
-      await alex.out.until("x");
+      await alex.prints("x", "x");
     }
-    alex.type("\r");
-    await server.heard.until(/Alex: x+\n/);
-    const paced = await joined(server, [], { pace: { blank: 60_000 } });
-    paced.type("\r");
+    await say("\r", /Alex: x+\n/);
+    const paced = await joined({ server, pace: { blank: 60_000 } });
+    paced.alex.type("\r");
     for (const word of ["hi", "hello", "still there?"]) {
       server.say(`[bob] ${word}`);
-      await paced.out.until(`[bob] ${word}`);
+      await paced.alex.out.until(`[bob] ${word}`);
     }
-    paced.type("three\r\r");
-    await server.heard.until("Alex: three\n");
+    await paced.say("three\r\r", "Alex: three\n");
     expect(server.heard.text).not.toContain("end of");
   });
 });
 
 describe("a paste", () => {
   test("is sent line by line, without its blank lines, and no line of it is a command", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { pace: { pasted: 0 } });
+    const { alex, server, say } = await joined({ pace: { pasted: 0 } });
     const lines = times(300, (number) => (number % 7 === 3 ? "" : `line ${number}\tof it`));
     lines.splice(10, 4, "q", "// a comment", "/quit", "/ignore bob");
-    alex.type(`${paste(lines.join("\r"))}\rand typed\r`);
-    await server.heard.until("Alex: and typed\n");
+    await say(`${paste(lines.join("\r"))}\rand typed\r`, "Alex: and typed\n");
     await alex.out.until("You: and typed\r\n");
     const sent = lines.filter((line) => line !== "").map((line) => line.replace(/^\//, "//"));
     const heard = sent.map((line) => `Alex: ${line}\n`).join("");
     expect(server.heard.text).toBe(`joined: Alex\n${heard}Alex: and typed\n`);
-    expect(picture(alex.out.text, 80).text).toContain(
-      "\nYou: line 1    of it\nYou: line 2    of it\n",
-    );
+    const shown = "\nYou: line 1    of it\nYou: line 2    of it\n";
+    expect(picture(alex.out.text, 80).text).toContain(shown);
     expect(alex.out.text).not.toContain("Hidden");
-  });
 
-  test("keeps its last line for Enter, and that is no command either", async () => {
-    const server = budgetChat();
-    const alex = await joined(server);
-    alex.type(paste("one\r/quit"));
-    await shows(alex, "You: one\nYou: /quit|");
-    alex.type("\r");
-    await server.heard.until("Alex: one\nAlex: //quit\n");
-    alex.type(`/msg bob ${paste("a secret")}\r${paste("q")}\r`);
-    await server.heard.until("Alex: /msg bob a secret\nAlex: q\n");
+    // A line that is too long is cut, with a word.
+    const words = "A line takes 8192 characters. What follows is left out.\r\n";
+    await alex.prints(`${paste("0123456789".repeat(2000))}\r`, words);
+    const [, said] = await server.heard.until(/Alex: (\d+)\n/);
+    expect(said).toBe("0123456789".repeat(820).slice(0, 8192));
+
+    // The last line of a paste waits for Enter, and is no command either.
+    await alex.press(paste("one\r/quit"), "You: one\nYou: /quit|");
+    await say("\r", "Alex: one\nAlex: //quit\n");
+    const keys = `/msg bob ${paste("a secret")}\r${paste("q")}\r`;
+    await say(keys, "Alex: /msg bob a secret\nAlex: q\n");
   });
 
   test("is counted without its blank lines, and a line typed behind it is not lost unsaid", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { pace: { pasted: 1000 } });
-    alex.type(`${paste(`${numbered(40).join("\r\r")}\r`)}typed\r`);
-    await server.heard.until("line 19\n"); // so many go at once
+    const { alex, say } = await joined({ pace: { pasted: 1000 } });
+    const pasted = `${numbered(40).join("\r\r")}\r`;
+    await say(`${paste(pasted)}typed\r`, "line 19\n"); // so many go at once
     await alex.out.until("20 lines are on their way");
     alex.type("\x03");
     await alex.out.until("20 lines were not sent.");
     alex.type("\x03");
-    await alex.out.until("1 line was not sent.");
-    expect(await alex.exited()).toBe(0);
+    await alex.ends(0, "1 line was not sent.");
   });
 
   test("that is long shows how much is left, and Ctrl+C stops the rest", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { pace: { pasted: 10 } });
+    const { alex, server, say } = await joined({ pace: { pasted: 10 } });
     alex.type(`${paste(`${numbered(300).join("\r")}\r`)}typed\rhalf`);
-    const status =
-      "(2\\d\\d) lines are on their way at the pace of the room; Ctrl\\+C stops them\\.";
-    const [, first] = await alex.out.until(RegExp(status));
-    let left = Number(first);
-    while (left >= Number(first)) left = Number((await alex.out.until(RegExp(status)))[1]);
+    const left = /(2\d\d) lines are on their way at the pace of the room; Ctrl\+C stops them\./;
+    const [, first] = await alex.out.until(left);
+    let now = first;
+    while (now === first) [, now] = await alex.out.until(left);
     await server.heard.until("line 19\n"); // so many go at once
-    await alex.out.until(RegExp(`${status}[^\n]*\nYou: half`));
+    await alex.out.until(RegExp(`${left.source}[^\n]*\nYou: half`));
     alex.type("\x03");
     const [, unsent] = await alex.out.until(/(\d+) lines were not sent\.\r\n/);
     expect(Number(unsent)).toBeLessThan(281);
-    alex.type(" a line\r");
-    await server.heard.until("Alex: half a line\n");
+    await say(" a line\r", "Alex: half a line\n");
     const sent = [...numbered(300 - Number(unsent)), "typed", "half a line"];
     const heard = sent.map((line) => `Alex: ${line}\n`).join("");
     expect(server.heard.text).toBe(`joined: Alex\n${heard}`);
     alex.type("\x03");
-    expect(await alex.exited()).toBe(0);
+    await alex.ends(0);
   });
 });
 
 describe("the display", () => {
   test("shows times, colours and mentions, and rings for what is meant for its reader", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, ["--bell"], { env: { NO_COLOR: "" } });
+    const { alex, server } = await joined({ args: ["--bell"], env: { NO_COLOR: "" } });
     const time = "\x1b\\[2m\\d\\d:\\d\\d\x1b\\[0m ";
     expect(alex.out.text).toMatch(RegExp(`${time}(?:\x1b\\[\\d*m)*\x1b\\[2mJoining`));
     server.say("[bob] hello", "[bob] again", "[carol] alexander", "[Alex] x", "* note");
@@ -3048,40 +2713,32 @@ describe("the display", () => {
     await alex.out.until("\x1b[2m* \x1b[0m\x1b[2mnote");
     expect(alex.out.text).not.toContain("\x07");
 
-    server.say("[bob] so, ALEX: look", "[bob -> Alex] psst", "[Alex -> bob] answer", "[bob] .");
-    await alex.out.until(
-      /\x1b\[1;7;38;5;\d+m\[bob\] \x1b\[0m\x1b\[1mso, ALEX: look\x1b\[0m\r\n\x07/,
-    );
+    server.say("[bob] so, ALEX", "[bob -> Alex] psst", "[Alex -> bob] answer", "[bob] .");
+    await alex.out.until(/\x1b\[1;7;38;5;\d+m\[bob\] \x1b\[0m\x1b\[1mso, ALEX\x1b\[0m\r\n\x07/);
     await alex.out.until("\x1b[1;35m[bob -> Alex] \x1b[0m\x1b[1;35mpsst\x1b[0m\r\n\x07");
     const [own] = await alex.out.until(/\[Alex -> bob\] [^]*\[bob\]/);
     expect(own).not.toContain("\x07");
-
-    alex.type("so\r");
-    await alex.out.until(RegExp(`${time}\x1b\\[2mYou: \x1b\\[0m\x1b\\[0mso`));
+    await alex.prints("so\r", RegExp(`${time}\x1b\\[2mYou: \x1b\\[0m\x1b\\[0mso`));
   });
 
   test("gathers those who come or go at the same time", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { pace: { crowd: 100_000 } });
+    const { alex, server } = await joined({ pace: { crowd: 100_000 } });
     server.say("* a has joined the chat", "* b has joined the chat");
     server.say(...Array.from("abcde", (name) => `* ${name} has left the chat`));
     server.say("* f has left the chat (too slow)", "* g has entered the room", "[bob] hi");
     server.say("* h has joined the chat");
     await alex.out.until("[bob] hi\r\n");
-    alex.type("well\r");
     const left = "* a and b have joined\n* a, b and 4 others have left\n* g has entered the room\n";
-    await shows(alex, `${left}[bob] hi\n* h has joined the chat\nYou: well\nYou: |`);
+    await alex.press("well\r", `${left}[bob] hi\n* h has joined the chat\nYou: well\nYou: |`);
   });
 
   test("lets no byte of a stranger's server reach the terminal as a control", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, ["--bell"]);
+    const { alex, server } = await joined({ args: ["--bell"] });
     const begin = alex.out.text.length;
     server.say(
       "[bob] \x1b]0;owned\x07\x1b[2J\x1b[?1049h\x9b31m\x08\x7f\rred\0",
       "\x1b[31m* \u202eevil\u2066 \u0085\u2028\u2029.",
       "[\x1b[5mbob] x\ty",
-      `[bob] ${"z".repeat(100_000)}`,
     );
     server.guests[0]?.send(Buffer.from("5b785d20ffc080eda0800a", "hex"));
     await alex.out.until(/\[x\] \ufffd+/);
@@ -3089,20 +2746,15 @@ describe("the display", () => {
     expect(shown).toContain("[bob] ]0;owned[2J[?1049h31mred\r\n");
     expect(shown).toContain("[31m* evil .\r\n");
     expect(shown).toContain("[[5mbob] x    y\r\n");
-    expect(shown).toContain("z… (cut)\r\n");
-    expect(shown.length).toBeLessThan(12_000);
     const withoutOurs = shown.replace(/\x1b\[(\d*[ACJK]|\?7[hl])/g, "");
     expect(withoutOurs).not.toMatch(/[^\P{C}\r\n]/u);
   });
 
   test("lets no text look like a line of somebody else's", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { columns: 60 });
-    alex.type(`${"x".repeat(49)} [bob] mine\r`);
-    await alex.out.until("mine");
-    const blanks = [" ", "\t", "\u00a0", "\u2003", "\u3000", "\u2800", "\u3164", "\u1680"];
+    const { alex, server } = await joined({ columns: 60 });
+    await alex.prints(`${"x".repeat(49)} [bob] mine\r`, "mine");
     const forged = "17:47 * carol has left the chat";
-    for (const blank of blanks)
+    for (const blank of " \t\u00a0\u2003\u3000\u2800\u3164\u1680")
       server.say(...times(60, (count) => `[bob] hi${blank.repeat(count)}${forged}`));
     server.say(...times(60, (count) => `${"x".repeat(count)} ${forged}`));
     server.say(...times(60, (count) => `* note${"漢".repeat(count)}\u3000${forged}`));
@@ -3117,40 +2769,28 @@ describe("the display", () => {
   });
 
   test("cuts a large roster at the entrance, and shows all of it for /who", async () => {
-    const names = times(300, (number) => `name${number}`).join(", ");
-    const server = budgetChat({ roster: `* The room contains: zoe, ${names}` });
-    const alex = inTerminal(client(server.port, "--name", "Alex"), { columns: 60 });
-    await alex.out.until("You: ");
-    const { text } = picture(alex.out.text, 60);
-    const roster = text.slice(text.indexOf("* ")).split("\n").slice(0, -1).join("\n");
-    expect(roster).toMatch(
-      /^\* 301 people are here: name0, name1, .*\n {8}.* more \(\/who shows all\)$/,
-    );
-    alex.type("z\t\r");
-    await server.heard.until("Alex: zoe: ");
+    const names = called("name", 300).join(", ");
+    const roster = `* The room contains: zoe, ${names}`;
+    const { alex, server, say } = await joined({ habits: { roster }, columns: 60 });
+    const shown = /^\* 301 people are here: name0, .*\n {8}.* more \(\/who shows all\)\nYou:/m;
+    expect(alex.picture().text).toMatch(shown);
+    await say("z\t\r", "Alex: zoe: ");
     server.say(`* 301 people are here: ${names}, zoe`);
     await alex.out.until(/name299,\s+zoe\r\n/);
   });
 
   test("hides those who are ignored, under whatever name, and rings for none of them", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, ["--bell"]);
-    alex.type("/ignore\r");
-    await alex.out.until(/\d\d:\d\d Nobody is hidden\.\r\n/);
-    alex.type("/ignore BOB\r");
+    const { alex, server } = await joined({ args: ["--bell"] });
+    await alex.prints("/ignore\r/ignore BOB\r", /\d\d:\d\d Nobody is hidden\.\r\n/);
     await alex.out.until("What BOB says is hidden from now on. /ignore BOB shows it again.\r\n");
     server.say("[bob] one, Alex", "[bob -> Alex] two", "* bob is now called Bill", "[Bill] three");
     server.say("[carol] about bob", "[Alex -> bob] own");
-    await alex.out.until("[Alex -> bob] own");
-    const { text } = picture(alex.out.text, 80);
-    expect(text).toEndWith("* bob is now called Bill\n[carol] about bob\n[Alex -> bob] own\nYou:");
+    await alex.shows("* bob is now called Bill\n[carol] about bob\n[Alex -> bob] own\nYou: |");
     expect(alex.out.text).not.toContain("\x07");
-    alex.type("/ignore\r");
-    await alex.out.until("Hidden: Bill\r\n"); // as he is called now
+    await alex.prints("/ignore\r", "Hidden: Bill\r\n"); // as he is called now
     server.say("[Bill] four", "[bob] somebody else");
     await alex.out.until("[bob] somebody else");
-    alex.type("/IGNORE  bill\r");
-    await alex.out.until("What Bill says is shown again.\r\n");
+    await alex.prints("/IGNORE  bill\r", "What Bill says is shown again.\r\n");
     server.say("[Bill] back, alex");
     await alex.out.until("[Bill] back, alex\r\n\x07");
     expect(alex.out.text).not.toMatch(/two|three|four/);
@@ -3163,30 +2803,25 @@ describe("the display", () => {
     ["LC_CTYPE before LANG", { LC_ALL: "", LC_CTYPE: "C", LANG: "C.UTF-8" }, "[bob] caf? ?"],
     ["LANG at last", { LC_ALL: "", LC_CTYPE: "", LANG: "POSIX" }, "[bob] caf? ?"],
   ])("is plain lines without escape codes: %s", async (_, env, line) => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { env: { NO_COLOR: "", ...env } });
-    alex.type("half");
-    await alex.out.until("half");
+    const { alex, server, say } = await joined({ env: { NO_COLOR: "", ...env } });
+    await alex.prints("half", "half");
     server.say("[bob] café 漢");
     await alex.out.until(RegExp(`\r\n\\d\\d:\\d\\d ${RegExp.escape(line)}\r\nYou: half`));
-    alex.type(" é\x7f\x01ü\r\x0c");
-    await server.heard.until("Alex: ühalf \n");
+    await say(" é\x7f\x01ü\r\x0c", "Alex: ühalf \n");
     alex.type("\x04");
-    expect(await alex.exited()).toBe(0);
+    await alex.ends(0);
     expect(alex.out.text).not.toMatch(/[^\P{C}\r\n]/u);
     if (line.includes("?")) expect(alex.out.text).toMatch(/^[\r\n\x20-\x7e]*$/);
   });
 
   test("cuts what has 900 KB, be it a greeting, a refusal or a notice", async () => {
     const huge = "x".repeat(900_000);
-    const server = budgetChat({ greeting: huge });
-    server.refusals.push(huge);
+    const server = budgetChat({ greeting: huge, refusals: [huge] });
     const alex = inTerminal(hastyClient(server.port, "--name", "Alex"));
     await alex.out.until("x… (cut)\r\n");
     await alex.out.until("x… (cut)\r\n");
     await alex.out.until("Enter your username: ");
-    alex.type("Al\r");
-    await alex.out.until("You: ");
+    await alex.prints("Al\r", "You: ");
     server.say(`* ${huge}`, `* bob has joined the chat${huge}`, "[bob] hi");
     await alex.out.until("x… (cut)\r\n");
     await alex.out.until("[bob] hi\r\n");
@@ -3194,14 +2829,13 @@ describe("the display", () => {
   });
 
   test("a flood of messages and people takes little memory, and Ctrl+C ends it", async () => {
-    const server = budgetChat();
-    const alex = await joined(server);
+    const { alex, server, say } = await joined();
     const joins = times(50_000, (number) => `* ${"n".repeat(30)}${number} has joined the chat`);
     server.say(...joins, "[bob] then");
     await alex.out.until("[bob] then\r\n");
     expect(memory(alex.child.pid, "VmHWM")).toBeLessThan(100 * 1024);
-    alex.type(`${"n".repeat(30)}9000\t${"n".repeat(30)}49999\t\r`); // no more than 10,000 are kept
-    await server.heard.until(/Alex: n+9000: n+49999\n/);
+    const keys = `${"n".repeat(30)}9000\t${"n".repeat(30)}49999\t\r`;
+    await say(keys, /Alex: n+9000: n+49999\n/); // no more than 10,000 are kept
 
     const messages = toText(Array(1000).fill("[bob] all work and no play"));
     const guest = server.guests[0];
@@ -3210,33 +2844,31 @@ describe("the display", () => {
     }, 1);
     cleanups.push(() => clearInterval(flood));
     await alex.out.until("no play\r\n");
-    alex.type("\x03");
-    await server.heard.until("end of Alex");
-    expect(await alex.exited()).toBe(0);
+    await say("\x03", "end of Alex");
+    await alex.ends(0);
   });
 });
 
 describe("a foreign server", () => {
-  const refused = "The server closed the connection: the name may be taken or not allowed.";
-
   test.each([
-    ["in a line", { refusal: "* That name is taken.", shown: "* That name is taken." }, {}],
-    ["without a newline", { refusal: "No.", shown: "No." }, { newline: "" }],
-    ["in several lines", { refusal: "No.\nGo away.", shown: "No. Go away." }, {}],
-    ["without a word", { refusal: "", shown: refused }, {}],
-    ["in a line, and its FIN comes later", { refusal: "Taken!", shown: "Taken!" }, { pause: 100 }],
-    ["like a roster", { refusal: "* Taken: Alex", shown: "* Taken: Alex" }, { pause: 100 }],
-  ] as const)("refuses a name %s, and another one is asked for", async (_, words, habits) => {
-    const server = budgetChat({ greeting: "Your name, please?", ...habits });
-    server.refusals.push(words.refusal);
-    const start = pacedClient({ moment: 20, doubt: 1000 }, server.port, ["--name", "Alex"]);
-    const alex = inTerminal(start);
-    const begin = "Your name, please?\nConnected to server.\nJoining the chat as Alex...\n";
-    await shows(alex, `${begin}${words.shown}\nEnter your username: |`);
-    alex.type("Al\r");
-    await shows(alex, "* The room contains: bob, carol\nYou: |");
-    await server.heard.until("joined: Al\n");
-  });
+    ["in a line", NAME_RULE, NAME_RULE, {}],
+    ["without a newline", "No.", "No.", { newline: "" }],
+    ["in several lines", "No.\nGo away.", "No. Go away.", {}],
+    ["without a word", "", NO_REASON, {}],
+    ["in a line, and its FIN comes later", "Taken!", "Taken!", { pause: 100 }],
+    ["like a roster", "* Taken: Alex", "* Taken: Alex", { pause: 100 }],
+  ])(
+    "refuses the name of --name %s, and another one is asked for",
+    async (_, refusal, shown, habits) => {
+      const server = budgetChat({ greeting: "Name, please?", refusals: [refusal], ...habits });
+      const start = pacedClient({ moment: 20, doubt: 1000 }, server.port, ["--name", "Alex"]);
+      const alex = inTerminal(start);
+      const begin = "Name, please?\nConnected to server.\nJoining the chat as Alex...\n";
+      await alex.shows(`${begin}${shown}\nEnter your username: |`);
+      await alex.press("Al\r", "* The room contains: bob, carol\nYou: |");
+      await server.heard.until("joined: Al\n");
+    },
+  );
 
   test.each([
     ["without a newline", "Who are you? ", ""],
@@ -3246,43 +2878,35 @@ describe("a foreign server", () => {
     const server = budgetChat({ greeting, newline });
     const alex = inTerminal(hastyClient(server.port));
     const [first = ""] = greeting.split("\n");
-    await shows(alex, `${first.trimEnd()}\nConnected to server.\n${MENU}|`);
-    alex.type("1\rAlex\r");
-    await shows(alex, "* The room contains: bob, carol\nYou: |");
+    await alex.shows(`${first.trimEnd()}\nConnected to server.\n${MENU}|`);
+    await alex.press("1\rAlex\r", "* The room contains: bob, carol\nYou: |");
     await server.heard.until("joined: Alex\n");
   });
 
-  test("shows who is here in its own words, and Tab knows them", async () => {
-    const server = budgetChat({ roster: "* Here are: Willi, bob" });
-    const alex = inTerminal(hastyClient(server.port, "--name", "Alex"));
-    await shows(alex, "* Here are: Willi, bob\nYou: |");
-    alex.type("w\thi\r");
-    await server.heard.until("Alex: Willi: hi\n");
-  });
-
-  test("that talks at once, without a roster, is a room as well", async () => {
-    const server = budgetChat({ roster: "[bob] oh, Alex" });
-    const alex = inTerminal(pacedClient({ doubt: 60_000 }, server.port, ["--name", "Alex"]));
-    await shows(alex, "[bob] oh, Alex\nYou: |");
+  test("may have no roster, or one in its own words, and Tab knows who is in it", async () => {
+    for (const roster of ["[Willi] oh, Alex", "* Here are: Willi, bob"]) {
+      const server = budgetChat({ roster });
+      const pace = { doubt: roster.startsWith("[") ? 60_000 : 50 };
+      const alex = inTerminal(pacedClient(pace, server.port, ["--name", "Alex"]));
+      await alex.shows(`${roster}\nYou: |`);
+      alex.type("w\thi\r");
+      await server.heard.until("Alex: Willi: hi\n");
+    }
   });
 });
 
 describe("losing the server", () => {
   test("comes back under the same name, past its own ghost, with what was typed", async () => {
-    const server = budgetChat();
-    const alex = await joined(server, [], { pace: { retry: 1, doubt: 50 } });
-    alex.type("/nick Al\r");
-    await server.heard.until("/nick Al\n");
+    const { alex, server, say } = await joined({ pace: { retry: 1, doubt: 50 } });
+    await say("/nick Al\r", "/nick Al\n");
     server.say("* Alex is now called Al");
     await alex.out.until("now called Al");
     server.refusals.push("* The name Al is taken.");
     server.drop();
-    alex.type("meanwhile\rhalf ");
-    await server.heard.until("refused: Al\n");
+    await say("meanwhile\rhalf ", "refused: Al\n");
     await server.heard.until("joined: Al\nAl: meanwhile\n");
-    alex.type("a line\r");
-    await server.heard.until("Al: half a line\n");
-    const { text } = picture(alex.out.text, 80);
+    await say("a line\r", "Al: half a line\n");
+    const { text } = alex.picture();
     const lost = "Connection lost. What you said last may not have arrived. Trying again in";
     expect(text).toContain(`* Alex is now called Al\n${lost}\n      1 s.\n`);
     expect(text).toMatch(/^\* The name Al is taken\. Trying again in [123] s\.$/m);
@@ -3292,19 +2916,11 @@ describe("losing the server", () => {
   });
 
   test("tries again after 1, 2, 4 ... 30 s", async () => {
-    const server = budgetChat();
-    const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
+    const { alex, server } = inPipeWith({}, hastyClient);
     await alex.out.until("The room contains");
     server.stop();
-    for (const seconds of [
-      "1",
-      "2",
-      "[345]",
-      "[6-9]|10",
-      "1[2-9]",
-      "2[4-9]|3[0-6]",
-      "2[4-9]|3[0-6]",
-    ])
+    const last = "2[4-9]|3[0-6]";
+    for (const seconds of ["1", "2", "[345]", "[6-9]|10", "1[2-9]", last, last])
       await alex.err.until(RegExp(`Trying again in (${seconds}) s`));
   });
 });
@@ -3316,9 +2932,9 @@ describe("the client and the server", () => {
     const start = (name: string) =>
       pacedClient({ crowd: 1, doubt: 60_000 }, server.port, ["--name", name, ...trust]);
     const alex = inTerminal(start("Alex"));
-    await shows(alex, "* The room contains:\nYou: |");
+    await alex.shows("* The room contains:\nYou: |");
     const sam = inTerminal(start("Sam"));
-    await shows(sam, "* The room contains: Alex\nYou: |");
+    await sam.shows("* The room contains: Alex\nYou: |");
     const kim = await enter(server, "Kim");
     await alex.out.until(/Kim ha(s|ve) joined/);
     alex.type("Hello 漢字 everyone!\r");
@@ -3327,17 +2943,15 @@ describe("the client and the server", () => {
     sam.type("/msg ale\tpsst\r");
     await alex.out.until("[Sam -> Alex] psst");
     await sam.out.until("[Sam -> Alex] psst");
-    kim.send("/nick Kimberly\nhi\n");
+    kim.send("/nick Kimberly\n");
     await alex.out.until("* Kim is now called Kimberly\r\n");
-    await alex.out.until("[Kimberly] hi");
     sam.child.kill("SIGKILL");
     await alex.out.until("* Sam has left the chat");
-    alex.type("/help\r");
-    await alex.out.until("Here also: /ignore NAME, and q, which leaves the chat.");
+    await alex.prints("/help\r", "Here also: /ignore NAME, and q, which leaves the chat.");
     alex.type("//bye\r\x04");
     await kim.until("[Alex] /bye");
     expect(await kim.line()).toBe("* Alex has left the chat");
-    expect(await alex.exited()).toBe(0);
+    await alex.ends(0);
   });
 });
 
@@ -3345,34 +2959,24 @@ describe("the client and the server", () => {
 
 describe("the client in a pipe", () => {
   const roster = "* The room contains: bob, carol\n";
+  const LOST = "The last lines may be lost.\n";
 
-  test("sends each line, and its output is what the room says", async () => {
+  test("sends each line up to /quit, and its output is what the room says", async () => {
     const server = budgetChat({ greeting: "Who are you?" });
     const alex = inPipe(client(server.port));
     alex.type(" Alex \n\none\n  \nq\r\n/who\n/ignore bob\n");
     await server.heard.until("joined: Alex\nAlex: one\nAlex: q\nAlex: /who\nAlex: /ignore bob\n");
     server.say("[bob] hi\x1b[31m", "* x has joined the chat", "* y has joined the chat");
-    alex.type("two");
-    alex.end();
+    alex.type("two\n/QUIT\nthree\n");
     await server.heard.until("Alex: two\nend of Alex\n");
     const out = `${roster}[bob] hi[31m\n* x has joined the chat\n* y has joined the chat\n`;
     expect(await alex.result()).toEqual({ code: 0, out, err: "" });
   });
 
-  test("ends at /quit, and sends nothing after it", async () => {
-    const server = budgetChat();
-    const alex = inPipe(client(server.port, "--name", "Alex"));
-    alex.type("one\n/QUIT\ntwo\n");
-    await server.heard.until("joined: Alex\nAlex: one\nend of Alex\n");
-    expect(await alex.result()).toEqual({ code: 0, out: roster, err: "" });
-  });
-
   test("50,000 lines arrive complete and in order", async () => {
-    const server = budgetChat();
-    const alex = inPipe(client(server.port, "--name", "Alex"));
+    const { alex, server } = inPipeWith();
     const lines = times(50_000, (number) => `line ${number} ${"x".repeat(number % 50)}`);
-    alex.type(lines.join("\n"));
-    alex.end();
+    alex.end(lines.join("\n"));
     expect(await alex.result()).toEqual({ code: 0, out: roster, err: "" });
     const heard = lines.map((line) => `Alex: ${line}\n`).join("");
     expect(server.heard.text).toBe(`joined: Alex\n${heard}end of Alex\nclosed Alex\n`);
@@ -3383,31 +2987,25 @@ describe("the client in a pipe", () => {
     const reader = await enter(server, "reader");
     const trust = server.ca ? ["--ca", certificate.cert] : [];
     const writer = inPipe(client(server.port, "--name", "writer", ...trust));
-    const lines = numbered(4400);
-    writer.type(toText(lines));
-    writer.end();
-    const [first, ...heard] = await reader.until("* writer has left the chat");
-    expect(first).toBe("* writer has joined the chat");
-    expect(heard).toEqual(lines.map((line) => `[writer] ${line}`));
+    writer.end(toText(numbered(4400)));
+    const heard = await reader.until("* writer has left the chat");
+    expect(heard).toEqual(["* writer has joined the chat", ...numbered(4400, "writer")]);
     const out = "* The room contains: reader\n";
     expect(await writer.result()).toEqual({ code: 0, out, err: "" });
   });
 
   test("all that the room said reaches a reader that comes late", async () => {
-    const said = toText(numbered(20_000, "bob"));
-    const server = budgetChat({ farewell: said });
+    const farewell = toText(numbered(20_000, "bob"));
     const script = `exec 3<&0; : | "$0" "$@" | (read go <&3; cat)`;
-    const alex = inPipe(["sh", "-c", script, ...client(server.port, "--name", "Alex")]);
+    const { alex, server } = inPipeWith({ farewell }, client, script);
     await server.heard.until("end of Alex\nclosed Alex");
-    alex.type("go\n");
-    alex.end();
-    expect(await alex.result()).toEqual({ code: 0, out: `${roster}${said}`, err: "" });
+    alex.end("go\n");
+    expect(await alex.result()).toEqual({ code: 0, out: `${roster}${farewell}`, err: "" });
   });
 
   test("ends quietly when nobody reads its output any more", async () => {
-    const server = budgetChat();
     const script = `"$0" "$@" | head -1; echo "code \${PIPESTATUS[0]}"`;
-    const alex = inPipe(["bash", "-c", script, ...client(server.port, "--name", "Alex")]);
+    const { alex, server } = inPipeWith({}, client, script);
     await server.heard.until("joined: Alex");
     const talk = setInterval(() => server.say("[bob] anybody?"), 5);
     cleanups.push(() => clearInterval(talk));
@@ -3415,18 +3013,15 @@ describe("the client in a pipe", () => {
   });
 
   test("says that the disk is full", async () => {
-    const server = budgetChat();
-    const script = `"$0" "$@" > /dev/full`;
-    const alex = inPipe(["sh", "-c", script, ...client(server.port, "--name", "Alex")]);
-    const { code, err } = await alex.result();
-    expect(code).toBe(1);
-    expect(err).toMatch(/^ENOSPC[^\n]*\n$/);
+    const { alex } = inPipeWith({}, client, `"$0" "$@" > /dev/full`);
+    const err = expect.stringMatching(/^ENOSPC[^\n]*\n$/);
+    expect(await alex.result()).toEqual({ code: 1, out: "", err });
   });
 
   test.each([
     ["SIGINT", 130, {}, ""],
     ["SIGTERM", 143, {}, ""],
-    ["SIGINT", 130, { neverCloses: true }, "The last lines may be lost.\n"],
+    ["SIGINT", 130, { neverCloses: true }, LOST],
   ] as const)("sends what it has read before it ends by %s, %d, %j", async (...row) => {
     const [signal, code, habits, err] = row;
     const server = budgetChat(habits);
@@ -3440,91 +3035,70 @@ describe("the client in a pipe", () => {
   });
 
   test("connects again, sends the rest, and fails if lines may be lost", async () => {
-    const server = budgetChat();
     const lost = "Trying again in 1 s.\n";
-    const silent = inPipe(hastyClient(server.port, "--name", "Silent"));
+    const { alex: silent, server } = inPipeWith({}, hastyClient);
     await silent.out.until("The room contains");
     server.drop();
     await silent.err.until(`Connection lost. ${lost}`);
-    silent.type("one\n");
-    silent.end();
-    await server.heard.until("joined: Silent\nSilent: one\nend of Silent\n");
+    silent.end("one\n");
+    await server.heard.until("joined: Alex\nAlex: one\nend of Alex\n");
     expect(await silent.result()).toMatchObject({ code: 0, err: `Connection lost. ${lost}` });
 
     const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
     alex.type("one\n");
     await server.heard.until("Alex: one\n");
     server.drop();
-    alex.type("two\n");
-    alex.end();
+    alex.end("two\n");
     await server.heard.until("joined: Alex\nAlex: two\nend of Alex\n");
     const doubt = "Connection lost. What you said last may not have arrived.";
-    const err = `${doubt} ${lost}The last lines may be lost.\n`;
-    expect(await alex.result()).toMatchObject({ code: 1, err });
+    expect(await alex.result()).toMatchObject({ code: 1, err: `${doubt} ${lost}${LOST}` });
   });
 
-  test.each([
-    ["closes with a reset", { resets: true }],
-    ["never closes", { neverCloses: true }],
-  ])("fails with a word when the server %s at the end", async (_, habits) => {
-    const server = budgetChat(habits);
-    const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
-    alex.type("one\n");
-    alex.end();
+  const BAD_ENDS = [{ resets: true }, { neverCloses: true }];
+  test.each(BAD_ENDS)("fails with a word when the end of the server is bad: %j", async (habits) => {
+    const { alex, server } = inPipeWith(habits, hastyClient);
+    alex.end("one\n");
     await server.heard.until("Alex: one\nend of Alex\n");
-    const err = "The last lines may be lost.\n";
-    expect(await alex.result()).toEqual({ code: 1, out: roster, err });
+    expect(await alex.result()).toEqual({ code: 1, out: roster, err: LOST });
   });
 
   test("fails with a word when the server is killed while lines wait there", async () => {
     const server = await serve("--rate", "10");
     const alex = inPipe(client(server.port, "--name", "Alex"));
     const connection = RegExp(` 0100007F:${server.port.toString(16).toUpperCase()} 0[45] `);
-    alex.type(toText(times(1000, (number) => `${number} ${"x".repeat(1500)}`))); // more than a chunk
-    alex.end();
+    alex.end(toText(times(1000, (number) => `${number} ${"x".repeat(1500)}`))); // more than a chunk
     // The client has sent its end when its connection is in the state FIN_WAIT1 or FIN_WAIT2.
     while (!connection.test(fs.readFileSync("/proc/net/tcp", "latin1"))) await turns(1);
     server.child.kill("SIGKILL");
-    const err = "The last lines may be lost.\n";
-    expect(await alex.result()).toMatchObject({ code: 1, err });
+    expect(await alex.result()).toMatchObject({ code: 1, err: LOST });
   });
 
   test("says why it cannot join", async () => {
-    const join = async (habits: Habits, ...refusals: string[]) => {
-      const server = budgetChat(habits);
-      server.refusals.push(...refusals);
-      const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
-      const { code, out, err } = await alex.result();
-      expect([code, out]).toEqual([1, ""]);
-      return err.replace(`127.0.0.1:${server.port}`, "ADDRESS");
-    };
-    const nameless = inPipe(client(budgetChat().port));
-    nameless.end();
-    const noName = "A name is needed: the first line, or --name.\n";
-    expect(await nameless.result()).toEqual({ code: 1, out: "", err: noName });
-    expect(
-      await Promise.all([
-        join({}, "* The name Alex is taken."),
-        join({ newline: "" }, "No."),
-        join({}, "x".repeat(900_000)),
-        join({}, ""),
-        join({ greeting: "* The server is full.", isFull: true }),
-        join({ greeting: "Full", newline: "", isFull: true }),
-        join({ greeting: "", isFull: true }),
-        join({ greeting: "" }),
-        join({ roster: "" }),
-      ]),
-    ).toEqual([
-      "* The name Alex is taken.\n",
-      "No.\n",
-      `${"x".repeat(8192)}… (cut)\n`,
-      "The server closed the connection: the name may be taken or not allowed.\n",
-      "* The server is full.\n",
-      "Full\n",
-      "Could not connect to ADDRESS. It closed the connection.\n",
-      "Could not connect to ADDRESS. It says nothing. Try --tls.\n",
-      "Could not connect to ADDRESS. It says nothing. Try --tls.\n",
-    ]);
+    const SILENT = "Could not connect to ADDRESS. It says nothing. Try --tls.";
+    const cases: [Habits, string][] = [
+      [{ refusals: ["* The name Alex is taken."] }, "* The name Alex is taken."],
+      [{ refusals: ["No."], newline: "" }, "No."],
+      [{ refusals: ["x".repeat(900_000)] }, `${"x".repeat(8192)}… (cut)`],
+      [{ refusals: [""] }, NO_REASON],
+      [{ greeting: "* The server is full.", isFull: true }, "* The server is full."],
+      [{ greeting: "Full", newline: "", isFull: true }, "Full"],
+      [{ greeting: "", isFull: true }, "Could not connect to ADDRESS. It closed the connection."],
+      [{ greeting: "" }, SILENT],
+      [{ roster: "" }, SILENT],
+    ];
+    const joining = cases.map(async ([habits, why]) => {
+      const { alex, server } = inPipeWith(habits, hastyClient);
+      const err = `${why}\n`.replace("ADDRESS", `127.0.0.1:${server.port}`);
+      expect(await alex.result()).toEqual({ code: 1, out: "", err });
+    });
+    await Promise.all(joining);
+  });
+
+  test("needs a name", async () => {
+    const alex = inPipe(client(budgetChat().port));
+    alex.end();
+    const err = "A name is needed: the first line, or --name.\n";
+    expect(await alex.result()).toEqual({ code: 1, out: "", err });
   });
 
   test("shows lines as in a terminal where its output is one", async () => {
@@ -3540,18 +3114,13 @@ describe("the client in a pipe", () => {
   test("sends a line again, whole, of which a lost connection took a part", async () => {
     const habits = { stopsReading: true };
     const server = budgetChat(habits);
-    const shown = new Transcript();
-    const show = (entries: readonly { text: string }[]) => {
-      for (const { text } of entries) shown.add(`${text}\n`);
-      return true;
-    };
     const screen = {
       isPerson: false,
       ask: async () => undefined,
       waiting: () => 0,
-      show,
-      showRoster: (entry: { text: string }) => void show([entry]),
-      notice: (text: string) => void show([{ text }]),
+      show: () => true,
+      showRoster() {},
+      notice() {},
       whenTaken() {},
       showOwn() {},
       print() {},
@@ -3581,34 +3150,20 @@ describe("the command line of the client", () => {
   const run = (...args: string[]) => inPipe([process.execPath, "client.ts", ...args]).result();
 
   test("is refused in one line when it is wrong", async () => {
-    const wrong = [
-      "--nope",
-      "stray",
-      "--port",
-      "--port 0",
-      "--port 65536",
-      "--port 12.5",
-      "--port --tls",
-    ];
+    const ports = ["", " 0", " 65536", " 12.5", " --tls"].map((number) => `--port${number}`);
+    const wrong = ["--nope", "stray", ...ports];
     const results = await Promise.all(wrong.map((options) => run(...options.split(" "))));
-    for (const { code, out, err } of results) {
-      expect([code, out]).toEqual([2, ""]);
-      expect(err).toMatch(/^[^\n]+\. Try --help\.\n$/);
-    }
+    const err = expect.stringMatching(/^[^\n]+\. Try --help\.\n$/);
+    for (const result of results) expect(result).toEqual({ code: 2, out: "", err });
   });
 
-  test("has a help and a version", async () => {
+  test("has a help, and a version, which is that of the server", async () => {
     const [help, version] = await Promise.all([run("--help"), run("--version")]);
     expect([help.code, help.err]).toEqual([0, ""]);
     const words = ["--host", "127.0.0.1", "5555", "/msg NAME TEXT", "/ignore NAME", "Shift+Tab"];
     expect(words.filter((word) => !help.out.includes(word))).toEqual([]);
     expect(help.out.split("\n").filter((line) => line.length > 100)).toEqual([]);
-    expect(version).toEqual({ code: 0, out: "bun-chat 0.1.0\n", err: "" });
-  });
-
-  test("says the same version as the server", async () => {
-    const server = inPipe([process.execPath, "server.ts", "--version"]);
-    expect(await server.result()).toEqual(await run("--version"));
+    expect(version).toEqual(await inPipe(["./server.ts", "--version"]).result());
   });
 
   test("says where there is no server, and no such host", async () => {
@@ -3637,12 +3192,19 @@ describe("the command line of the client", () => {
 describe("the client under TLS", () => {
   test("sends nothing to a server whose certificate proves nothing, and says why", async () => {
     const elsewhere = await makeCertificate("elsewhere", "DNS:example.org");
-    const issuer = ["-CA", certificate.cert, "-CAkey", certificate.key];
-    const signed = await makeCertificate("signed", "IP:127.0.0.1", ...issuer);
-    const expired = { ...certificate, cert: `${folder}/expired-cert.pem` };
-    const signing = ["x509", "-in", certificate.cert, "-signkey", certificate.key];
-    await openssl(...signing, "-days", "-1", "-out", expired.cert);
-    const future = await makeFutureCertificate();
+    const { cert, key } = certificate;
+    const signed = await makeCertificate("signed", "IP:127.0.0.1", ` -CA ${cert} -CAkey ${key}`);
+    const expired = { key, cert: `${folder}/expired-cert.pem` };
+    await openssl(`x509 -in ${cert} -signkey ${key} -days -1 -out ${expired.cert}`);
+    // Only `openssl ca` takes a date, and it wants a database.
+    const future = { key, cert: `${folder}/future-cert.pem` };
+    const settings = `[ca]\ndefault_ca = one\n[one]\ndatabase = ${folder}/db\nrand_serial = yes
+      new_certs_dir = ${folder}\ndefault_md = sha256\npolicy = any\nx509_extensions = hosts
+      [any]\ncommonName = supplied\n[hosts]\nsubjectAltName = IP:127.0.0.1`;
+    await Promise.all([Bun.write(`${folder}/db`, ""), Bun.write(`${folder}/cnf`, settings)]);
+    const later = "-startdate 20900101000000Z -enddate 20910101000000Z";
+    const own = `-ss_cert ${cert} -cert ${cert} -keyfile ${key} -out ${future.cert}`;
+    await openssl(`ca -batch -config ${folder}/cnf ${later} ${own}`);
     for (const [shown, trust, reason] of [
       [certificate, ["--tls"], /Its certificate is self-signed: /],
       [expired, ["--ca", expired.cert], /Its certificate has expired: /],
@@ -3707,26 +3269,14 @@ describe("a room with TLS", () => {
     expect(log.at(-1)).toBe(late);
   });
 
-  test.each([
-    ["-tls1_2", true],
-    ["-tls1_3", true],
-    ["-tls1_1", false],
-  ])("openssl s_client %s enters it: %p", async (version, isWelcome) => {
-    const room = openTls();
-    const alice = await enter(room, "alice");
-    const command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-quiet"];
-    const bob = inPipe([...command, "-connect", `127.0.0.1:${room.port}`]);
-    if (!isWelcome) {
-      const { code, out } = await bob.result();
-      expect(code).not.toBe(0);
-      expect(out).toBe("");
-      return;
+  test("takes TLS 1.2 and newer, and nothing older, from openssl s_client", async () => {
+    const { port } = openTls();
+    for (const version of ["-tls1_2", "-tls1_3", "-tls1_1"]) {
+      const command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-quiet"];
+      const bob = inPipe([...command, "-connect", `127.0.0.1:${port}`]);
+      if (version === "-tls1_1") expect(await bob.result()).toMatchObject({ code: 1, out: "" });
+      else await bob.out.until(WELCOME);
     }
-    await bob.out.until("Welcome");
-    bob.type("bob\nhello\n");
-    expect(await alice.lines(2)).toEqual(["* bob has joined the chat", "[bob] hello"]);
-    alice.send("hello bob\n");
-    await bob.out.until("[alice] hello bob");
   });
 
   test("reads its certificate again by SIGHUP, for newcomers; nobody inside notices", async () => {
@@ -3734,23 +3284,18 @@ describe("a room with TLS", () => {
     fs.copyFileSync(certificate.cert, current.cert);
     fs.copyFileSync(certificate.key, current.key);
     const server = await serve("--tls-cert", current.cert, "--tls-key", current.key);
-    const { port } = server;
-    const old = { port, ca: certificate.ca };
+    const old = { port: server.port, ca: certificate.ca };
     const alice = await enter(old, "alice");
 
     fs.copyFileSync(renewed.cert, current.cert); // the key is still the old one
     server.child.kill("SIGHUP");
     await server.err.until(/The certificate stays as it was\. The key does not belong/);
     await enter(old, "bob");
-    fs.writeFileSync(current.cert, "no certificate\n");
-    server.child.kill("SIGHUP");
-    await server.err.until(/The certificate stays as it was\. .* not in PEM/);
-
     fs.copyFileSync(renewed.cert, current.cert);
     fs.copyFileSync(renewed.key, current.key);
     server.child.kill("SIGHUP");
     await server.out.until("The certificate has been read again");
-    const carol = await enter({ port, ca: renewed.ca }, "carol");
+    const carol = await enter({ ...old, ca: renewed.ca }, "carol");
     const distrustful = await Peer.connect(old);
     await distrustful.ended.promise;
     expect(distrustful.total).toBe(0);
@@ -3864,9 +3409,10 @@ describe("a machine that has vanished", () => {
       dave: [2, 0, 56_000], // has been silent, and now a packet or two to him have been lost
       erin: [6, 0, 54_000], // may come back yet
     };
-    const names = new Map(Array.from(descriptors(room), ([name, fd]) => [fd, name]));
+    const clients = room.clients as unknown as { name: string; socket: { fd: number } }[];
+    const names = new Map(clients.map(({ name, socket }) => [socket.fd, name]));
     let looks = 0;
-    globalThis.tcpInfo = (fd, info, result) => {
+    tcpInfo = (fd, info, result) => {
       looks++;
       expect(result).toBe(0);
       expect(info.getUint8(0)).toBe(1); // tcpi_state: established
@@ -3876,7 +3422,7 @@ describe("a machine that has vanished", () => {
       info.setUint8(3, probes);
       info.setUint32(56, silence, true);
     };
-    cleanups.push(() => (globalThis.tcpInfo = undefined));
+    cleanups.push(() => (tcpInfo = undefined));
     jest.advanceTimersByTime(60_000);
     for (const peer of peers.slice(2)) await peer.until("* bob has left the chat");
     expect(namesIn(room)).toEqual(["carol", "dave", "erin"]);
@@ -3892,17 +3438,11 @@ describe("a machine that has vanished", () => {
   test("is asked by the kernel whether it is still there", async () => {
     const room = open();
     await enter(room, "alice");
-    const { symbols } = dlopen("libc.so.6", {
-      getsockopt: { args: ["int", "int", "int", "buffer", "buffer"], returns: "int" },
-    });
-    const option = (level: number, name: number) => {
-      const value = new Uint32Array(1);
-      const fd = descriptors(room).get("alice") ?? -1;
-      symbols.getsockopt(fd, level, name, value, Uint32Array.of(4));
-      return value[0];
-    };
-    const [SOL_SOCKET, SO_KEEPALIVE, IPPROTO_TCP, TCP_KEEPIDLE] = [1, 9, 6, 4];
-    expect(option(SOL_SOCKET, SO_KEEPALIVE)).toBe(1);
-    expect(option(IPPROTO_TCP, TCP_KEEPIDLE)).toBe(45); // s
+    // A timer of the kind 02, with hundredths of a second, once nothing is on its way any more.
+    const port = room.port.toString(16).toUpperCase().padStart(4, "0");
+    const timer = RegExp(`: 0100007F:${port} \\S+ 01 \\S+ 02:(\\S+) `);
+    const look = () => timer.exec(fs.readFileSync("/proc/net/tcp", "latin1"));
+    while (!look()) await turns(1);
+    expect(Number(`0x${look()?.[1]}`)).toBeWithin(4000, 4501);
   });
 });
