@@ -1315,6 +1315,19 @@ describe("leaving", () => {
     jest.advanceTimersByTime(7_000);
     expect(await bob.closed.promise).toBeInstanceOf(Error);
   });
+
+  test("by a FIN and a reset at once leaves nothing in memory", async () => {
+    const room = open();
+    const alice = await enter(room, "alice");
+    const crowd = await enterTogether(room, called("user", 200));
+    for (const peer of crowd) peer.send("hello\nhalf a line");
+    for (const peer of crowd) peer.socket.shutdown();
+    for (const peer of crowd) peer.socket.terminate();
+    for (const _ of crowd) await alice.until(/ has left the chat/);
+    await alice.ping();
+    expect([namesIn(room), room.memoryUsed]).toEqual([["alice"], 0]);
+    await enter(room, "user0"); // the names are free
+  });
 });
 
 // --- 6. Slow, fast and many --------------------------------------------------------------------
