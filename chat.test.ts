@@ -458,7 +458,7 @@ async function lagBehind(server: Server, speaker: Peer, slow: Peer, least: numbe
   return said;
 }
 
-/** Sees that the room still works for one who speaks and for one who listens. */
+/** Sees that the room still works for a speaker and a listener. */
 async function stillServes(server: Address, speaker: Peer, listener: Peer): Promise<void> {
   speaker.send("still there?\n");
   await listener.until(`[${speaker.name}] still there?`);
@@ -960,7 +960,7 @@ describe("the room", () => {
 
   test("is what its events have made of it", () => {
     const rows: [event: RoomEvent, heard: string | null, people: string][] = [
-      // Events of somebody who is not here change nothing.
+      // Events of an unknown client change nothing.
       [say(1, "hello"), null, ""],
       [nick(1, "alice"), null, ""],
       [leave(1), null, ""],
@@ -1424,7 +1424,7 @@ describe("a slow reader", () => {
   });
 });
 
-/** Lines that one who has just come in may say at once, at a rate of 10 lines a second. */
+/** Lines that a newcomer may say at once, at a rate of 10 lines a second. */
 const NEWCOMER_LINES = 16;
 
 describe("a fast sender", () => {
@@ -1672,7 +1672,7 @@ describe("a budget", () => {
     const linesPerSecond = (768 * 1024) / 4096;
     const before = count("user");
     expect(before).toBeWithin(2 * linesPerSecond, 4.5 * linesPerSecond);
-    quiet.send("hello\n"); // who says no more than a share of it need not wait
+    quiet.send("hello\n"); // no more than a share of it, so it need not wait
     await turns(100);
     expect(count("quiet")).toBe(1);
     await pass(4);
@@ -1777,7 +1777,8 @@ describe("places", () => {
   test("are lost by a stranger who gives no name within a minute", async () => {
     jest.useFakeTimers();
     const { room, log } = openLogged({ maxClients: 3 });
-    const [silent, endless] = [await greeted(room), await greeted(room)];
+    const silent = await greeted(room);
+    const endless = await greeted(room);
     endless.send("alice");
     jest.advanceTimersByTime(59_000);
     const late = await greeted(room);

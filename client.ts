@@ -41,7 +41,7 @@ export const PACE = {
   perLine: 200, // of silence more for each short line, because a room may take them slowly
   blank: 300, // in which more input shows that an empty line does not end the program
   pasted: 100, // between two pasted lines, after the first ones
-  crowd: 200, // in which those who come, or go, share a line
+  crowd: 200, // in which several arrivals, or departures, share a line
   patience: 2000, // before a word about a server that takes its time while we leave
   signal: 1000, // after a signal, before we stop waiting for the server
   exit: 2000, // after a signal, before we stop waiting for the terminal, too
@@ -58,8 +58,8 @@ const PASTED_AT_ONCE = 20; // lines; the others go one by one
 const SHORT_PASTE = 5; // lines that are not worth a word
 
 // --- Text --------------------------------------------------------------------------------------
-// Bytes become lines, and lines are cleaned, whoever sent them. Nothing here knows a connection or a
-// terminal.
+// Bytes become lines, and lines are cleaned, from a server as from a pipe. Nothing here knows a
+// connection or a terminal.
 
 // The characters that the server takes out, too: C0 but tab, DEL, C1, line separators, what turns the
 // direction of a text around (Unicode UAX #9), and invisible characters that can hide text.
@@ -117,9 +117,11 @@ function columnsOf(text: string): number {
   return Math.max(columns, Bun.stringWidth(text));
 }
 
-/** Cuts an absurdly wide cluster, such as a chain of skin tones. */
-function cutGrapheme(grapheme: string, most: number): string[] {
-  return columnsOf(grapheme) > most ? Array.from(grapheme) : [grapheme];
+/** The clusters of a text. An absurdly wide one, such as a chain of skin tones, is cut. */
+function partsOf(text: string, most: number): string[] {
+  return graphemes(text).flatMap((grapheme) => {
+    return columnsOf(grapheme) > most ? Array.from(grapheme) : [grapheme];
+  });
 }
 
 /**
@@ -157,9 +159,7 @@ export function wrapText(text: string, start: number, indent: number, columns: n
       add(word, columns - column); // what follows begins a new row
     } else {
       // Anything but ASCII may be a blank in disguise, so it gets no row that begins at the left.
-      for (const part of graphemes(word).flatMap((grapheme) =>
-        cutGrapheme(grapheme, columns / 2),
-      )) {
+      for (const part of partsOf(word, columns / 2)) {
         if (column + columnsOf(part) > columns) breakRow();
         add(part, columnsOf(part));
       }
@@ -208,12 +208,12 @@ function foldName(name: string): string {
   return name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase();
 }
 
-/** Who is here, by the number of the last line that names them. */
+/** The names of the people here, with the number of the last line that names each. */
 type People = Map<string, number>;
 
 let linesRemembered = 0;
 
-/** Keeps who is here, and who has spoken last. */
+/** Learns from a line about the people here, and about the order in which they speak. */
 function remember(people: People, entry: Entry): void {
   const { from, to, who, did, renamed, roster } = entry;
   if (roster !== undefined) people.clear();
@@ -272,12 +272,12 @@ export function complete(before: string, people: Iterable<string>): string[] {
 const LOCALE = process.env["LC_ALL"] || process.env["LC_CTYPE"] || process.env["LANG"] || "UTF-8";
 const IS_UTF8 = /utf-?8/i.test(LOCALE);
 const IS_PLAIN = process.env["TERM"] === "dumb" || !IS_UTF8;
-/** What a terminal may get. In an 8-bit locale half of a UTF-8 character may be a control. */
+const IS_COLOURED = stdout.isTTY && stdout.hasColors() && !IS_PLAIN;
+
+/** What a terminal may get. */
 function encode(text: string): string {
   return IS_UTF8 ? text : text.replace(/[^\n\x07\x20-\x7e]/gu, "?");
 }
-
-const IS_COLOURED = stdout.isTTY && stdout.hasColors() && !IS_PLAIN;
 
 // Of the 256 colours those with a contrast of 4:1 or better on black and on white alike.
 const COLOURS = [28, 30, 31, 62, 64, 97, 99, 130, 131, 133, 161, 163];
@@ -778,6 +778,15 @@ export function createEditor(offer: (before: string) => string[]) {
   let place = 0; // in the history, or behind it
   let draft: Draft = { text: "", isPasted: false }; // what stands behind the history
 
+  const textBefore = () => text.slice(0, cursor);
+  const textAfter = () => text.slice(cursor);
+
+  // Where the cursor may go.
+  const left = () => cursor - (graphemes(textBefore()).at(-1)?.length ?? 0);
+  const right = () => cursor + (graphemes(textAfter())[0]?.length ?? 0);
+  const wordLeft = () => textBefore().search(/\S*\s*$/);
+  const wordRight = () => cursor + (/^\s*\S*/.exec(textAfter())?.[0].length ?? 0);
+
   function edit(before: string, after: string): void {
     text = before + after;
     cursor = before.length;
@@ -789,14 +798,6 @@ export function createEditor(offer: (before: string) => string[]) {
     if (cursor === 0) isPasted = pasted;
     edit(textBefore() + typed, textAfter());
   }
-
-  const textBefore = () => text.slice(0, cursor);
-  const textAfter = () => text.slice(cursor);
-
-  const left = () => cursor - (graphemes(textBefore()).at(-1)?.length ?? 0);
-  const right = () => cursor + (graphemes(textAfter())[0]?.length ?? 0);
-  const wordLeft = () => textBefore().search(/\S*\s*$/);
-  const wordRight = () => cursor + (/^\s*\S*/.exec(textAfter())?.[0].length ?? 0);
 
   function moveTo(next: number): void {
     cursor = next;
@@ -974,8 +975,6 @@ function createOutput(fd: number) {
   };
 }
 
-let life: "running" | "suspended" | "ending" = "running";
-
 const output = createOutput(stdout.fd);
 const errors = createOutput(process.stderr.fd);
 
@@ -1095,7 +1094,7 @@ type Screen = {
   /** Shows what the room says. @returns false if no more should come until `whenTaken` calls back */
   show(entries: Entry[], reader: string): boolean;
   whenTaken(callback: () => void): void;
-  /** Shows who is here, to a newcomer. */
+  /** Shows the roster, which only a newcomer gets. */
   showRoster(entry: Entry): void;
   /** Shows a line that goes to the room now. */
   showOwn(text: string): void;
@@ -1107,6 +1106,8 @@ type Screen = {
   ignore(name: string): void;
   close(): void;
 };
+
+let life: "running" | "suspended" | "ending" = "running";
 
 const SAY = "You: ";
 const CTRL_C = 3;
@@ -1134,7 +1135,7 @@ function openTerminal(bell: string): Screen {
 
 type View = ReturnType<typeof createView>;
 
-/** What is shown above the input. It knows who is here, and whom the person does not want to hear. */
+/** What is shown above the input. It knows the people here, and the ones that are ignored. */
 function createView(display: Display, bell: string) {
   const people: People = new Map();
   const ignored = new Set<string>();
@@ -1155,7 +1156,7 @@ function createView(display: Display, bell: string) {
     return [...ignored].find((other) => isSameName(other, name));
   }
 
-  /** Whoever is ignored stays so under another name. */
+  /** An ignored person stays ignored under another name. */
   function followRename({ who, renamed }: Entry): void {
     const before = who && findIgnored(who);
     if (!before || !renamed) return;
@@ -1167,7 +1168,7 @@ function createView(display: Display, bell: string) {
     return !from || isSameName(from, reader) || findIgnored(from) === undefined;
   }
 
-  /** The line of those who have come or gone of late, if any have. */
+  /** The line about the latest arrivals or departures, if there are any. */
   function takeCrowd(): string {
     clearTimeout(crowdTimer);
     const entry = crowd && entryOf(crowd);
@@ -1175,7 +1176,7 @@ function createView(display: Display, bell: string) {
     return entry ? layOutEntry(entry, reader, size().columns, "") : "";
   }
 
-  /** Adds somebody to the crowd. Returns the line of those before, who did something else. */
+  /** Adds somebody to the crowd. Returns the line of the crowd before, if that did something else. */
   function joinCrowd({ who = "", did = "", text }: Entry): string {
     const before = crowd?.did === did ? "" : takeCrowd();
     if (!crowd) {

@@ -67,7 +67,7 @@ const SLOW_AFTER = 10_000; // that the oldest byte of a long queue may wait
 const KEEPALIVE = 45_000; // of silence before the kernel asks whether the peer is still there
 const NO_ANSWER = 55_000; // without a sign of life from a peer that cannot be reached
 const MAX_GATHER = 1; // that a line may wait for others to leave together with
-const MAX_NEWS_DELAY = 50; // that news of who comes and goes may wait in a very large room
+const MAX_NEWS_DELAY = 50; // that arrivals and departures may wait to be told in a very large room
 
 // The price of work, in short lines: see "Budgets".
 const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
@@ -78,7 +78,7 @@ const BURST = 10_000; // ms' worth of work that may be done at once
 const NEWCOMER_BURST = 2_000; // the same for a connection that has just come
 const MIN_WAIT = 100; // ms; the least that a fast sender is held back
 
-// What all people together may say, so that a reader who takes 8 Mbit/s keeps up with any number.
+// What all people together may say, so that a reader at 8 Mbit/s keeps up with any number of them.
 const ROOM_RATE = 768 * KIB; // bytes a second
 const ROOM_BURST = 2_000; // ms' worth of them at once
 const LINE_OVERHEAD = 30; // bytes of a line besides its text and names
@@ -93,7 +93,7 @@ const TURN = 10; // ms that lines may take in one turn, before others have their
 const IDLE_TURNS = 8; // without news from any socket, after which a batch leaves
 const CLIENTS_PER_TURN = 256; // that leave, or get what has waited, in one turn
 
-const SPARE_SOCKETS = 64; // descriptors kept free for files and for those who are being refused
+const SPARE_SOCKETS = 64; // descriptors kept free for files and for connections that are being refused
 
 // --- State -------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ export type ServerOptions = {
   maxClients: number; // connections at a time
   maxPerAddress?: number | undefined; // and from one address; 64, or no limit on loopback
   tls?: Bun.TLSOptions | false; // certificate and key; without them the room is not encrypted
-  log?: ((event: string) => void) | undefined; // hears who comes, what is said and who goes
+  log?: ((event: string) => void) | undefined; // hears of arrivals, messages and departures
   logError?: (problem: string) => void; // hears what went wrong; the chat goes on
 };
 
@@ -133,7 +133,7 @@ class Server {
   batchBytes = 0; // its length as UTF-8
   nextFlush: "none" | "later" | "soon" = "none";
   flushes = 0; // so far
-  newsNotBefore = 0; // ms; before then no flush for news of who comes and goes
+  newsNotBefore = 0; // ms; before then no flush only for arrivals and departures
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
   sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
   turnDeadline = 0; // ms; what comes later waits for the next turn; 0 between turns
@@ -276,7 +276,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     },
 
     /**
-     * Reads the files of the certificate again, for all who come from now on.
+     * Reads the files of the certificate again, for all connections from now on.
      * @throws what Bun.listen throws; a bad certificate is found before anything changes
      */
     renewCertificate() {
@@ -728,7 +728,7 @@ function createRoster(room: Room, newcomerId: number): Piece {
 }
 
 /**
- * Writes a name behind a roster, which stays as it is for those who still wait for it. So a
+ * Writes a name behind a roster, which stays as it is for newcomers that still wait for it. So a
  * thousand rosters of a thousand newcomers are one in memory.
  */
 function extendRoster({ parcel, end }: Piece, name: string): Piece {
@@ -818,7 +818,7 @@ function handleClose(server: Server, client: Client): void {
   postpone(server, client, () => removeClient(server, client, reason));
 }
 
-/** Does some work in a later turn. Thousands who leave at once, for instance, must not stall the room. */
+/** Does some work in a later turn. Thousands leaving at once, for instance, must not stall the room. */
 function postpone(server: Server, client: Client, work: () => void): void {
   if (server.postponed.length === 0) setImmediate(runPostponed, server);
   server.postponed.push(() => serve(server, client, work));
@@ -965,7 +965,8 @@ function readLines(server: Server, client: Client): void {
     if (newline === -1) break;
     const end = newline > start && bytes[newline - 1] === RETURN ? newline - 1 : newline;
 
-    // A full batch that left in the midst of its lines ends a slice, too: flushes take long.
+    // Its slice is used up, or that of all clients in this turn. A full batch that has left in the
+    // midst of its lines ends a slice, too, because flushes take long.
     const isOver = client.sliceUsed > SLICE || server.flushes !== flushes || isTurnOver(server);
     const line = bytes.subarray(start, end);
     if (isOver || (server.answerBytes > MAX_ANSWERS && mayBeAnswered(client, line))) {
@@ -1159,7 +1160,7 @@ function catchUp(client: Client, end: number): Part[] {
   return client.ownBatch;
 }
 
-/** Sees to the next flush. In a large room, news of who comes and goes wait for a while. */
+/** Sees to the next flush. In a large room, arrivals and departures wait for a while. */
 function scheduleFlush(server: Server, urgent: boolean): void {
   if (server.nextFlush === "soon" || (server.nextFlush === "later" && !urgent)) return;
 
@@ -1201,7 +1202,6 @@ function flush(server: Server): void {
   server.nextFlush = "none";
   server.flushes++;
   server.leavers = [];
-  server.answerBytes = 0;
 
   const batch = wholeOf(new Parcel(Buffer.from(text)));
   for (const client of leavers) serve(server, client, () => queueLastBatch(server, client, batch));
@@ -1401,7 +1401,7 @@ function dropFullQueues(server: Server): void {
   for (const client of slow) drop(server, client, " (too slow)");
 }
 
-/** Drops whoever takes most memory, until all clients together do not take too much. */
+/** Drops the clients that take most memory, until all clients together do not take too much. */
 function dropGreediest(server: Server): void {
   if (server.memoryUsed <= MAX_MEMORY) return;
 
@@ -1462,7 +1462,7 @@ function sendHelp(server: Server, client: Client): void {
   answer(server, client, HELP);
 }
 
-/** The answer is one for all who ask before somebody comes, goes or is renamed. */
+/** All get the same answer until somebody comes, goes or is renamed. */
 function sendNames(server: Server, client: Client): void {
   server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server)));
   const parcel = server.whoAnswer;
@@ -1522,8 +1522,8 @@ function quit(server: Server, client: Client): void {
 }
 
 // --- Budgets -----------------------------------------------------------------------------------
-// Work is paid for with time: a unit, which is about a short line, costs 1/rate of a second. Whoever
-// is ahead of the time waits, and loses nothing. A line is charged when it begins to wait, so that
+// Work is paid for with time: a unit, which is about a short line, costs 1/rate of a second. A
+// client that is ahead of the time waits, and loses nothing. A line is charged when it begins to wait, so that
 // clients with a common budget take turns.
 
 /**
