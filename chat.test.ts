@@ -2911,6 +2911,17 @@ describe("a foreign server", () => {
 });
 
 describe("losing the server", () => {
+  test("is told at once, and not again by Ctrl+C", async () => {
+    const { alex, server, say } = await joined();
+    await say("hello\r", "Alex: hello\n");
+    server.drop();
+    await alex.prints("", "Trying again");
+    alex.type("\x03");
+    await alex.ends(0);
+    expect(alex.out.text).not.toContain("may be lost");
+    expect(alex.out.text).toContain("What you said last may not have arrived.");
+  });
+
   test("comes back under the same name, past its own ghost, with what was typed", async () => {
     const { alex, server, say } = await joined({ pace: { retry: 1, doubt: 50 } });
     await say("/nick Al\r", "/nick Al\n");

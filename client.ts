@@ -468,7 +468,7 @@ function createOutbox() {
       return true;
     },
 
-    /** For a new connection. A line that was cut in two is sent again: half of it was never one. */
+    /** For another connection. A line that was cut in two is sent again: half of it was never one. */
     startOver(): void {
       taken = 0;
       sent = 0;
@@ -520,7 +520,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
 
   function connect(): void {
     split = splitLines(MAX_LINE);
-    outbox.startOver();
     const timer = setTimeout(failSilent, PACE.silence);
     change({ at: "connecting", timer });
     Bun.connect({ hostname: host, port, tls, socket: handlers }).catch((error) => {
@@ -651,6 +650,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
         showLines(lastWords);
         if (outbox.sent > 0 && !screen.isPerson) isComplete = false; // a person is told at once
         const isDoubtful = outbox.sent > 0 && outbox.lastSent > lastHeard - RECENT;
+        outbox.startOver();
         fail(isDoubtful ? `${LOST} What you said last may not have arrived.` : LOST);
         break;
       }
@@ -1646,8 +1646,10 @@ export async function main(): Promise<void> {
 
   function finish(exitCode: number, words = ""): void {
     screen.close();
-    if (words) errors.write(`${words}\n`);
-    output.whenTaken(() => errors.whenTaken(() => process.exit(exitCode)));
+    output.whenTaken(() => {
+      if (words) errors.write(`${words}\n`); // only now, so that it stands below all else
+      errors.whenTaken(() => process.exit(exitCode));
+    });
   }
 
   function endBySignal(signal: NodeJS.Signals, exitCode: number): void {
