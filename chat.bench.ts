@@ -50,7 +50,7 @@ async function naiveRoom(port: number): Promise<void> {
       broadcast(`* ${line} has joined the chat\n`);
     };
     let rest = "";
-    socket.write("Welcome to the chat! What is your name?\n");
+    socket.write("Welcome to bun-chat! What is your name?\n");
     socket.on("data", (chunk) => {
       const lines = (rest + chunk).split("\n");
       rest = lines.pop() ?? "";

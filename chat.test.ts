@@ -254,7 +254,7 @@ const namesIn = (server: Server) => server.clients.map(({ name }) => name).toSor
 const queued = (server: Server, name: string) =>
   server.clients.find((client) => client.name === name)?.queued ?? NaN;
 
-const WELCOME = "Welcome to the chat! What is your name?";
+const WELCOME = "Welcome to bun-chat! What is your name?";
 const NAME_RULE = "* A name is 1 to 32 letters and digits.";
 const SCRIPT_RULE = "* A name keeps to letters and digits of one script, with few accents.";
 const SHUTDOWN = "* The server is shutting down";
@@ -1201,7 +1201,16 @@ describe("commands", () => {
   test("are listed by /help, and explained when they are unknown; // says a slash", async () => {
     const [alice, bob] = await enterAll(open(), "alice", "bob");
     alice.send("/help\n");
-    for (const usage of ["/help", "/who", "/nick NAME", "/msg NAME TEXT", "/quit", "//TEXT"])
+    for (const usage of [
+      "/help",
+      "/who",
+      "/nick NAME",
+      "/msg NAME TEXT",
+      "/history N",
+      "/since POSITION",
+      "/quit",
+      "//TEXT",
+    ])
       expect(await alice.line()).toStartWith(`* ${usage} `);
     for (const command of ["/foo", "/", "/constructor", "/__proto__"]) {
       alice.send(`${command} bar\n`);

@@ -26,8 +26,11 @@
  */
 
 import { dlopen } from "bun:ffi";
+import { Database } from "bun:sqlite";
 import { isUtf8 } from "node:buffer";
+import { closeSync, fstatSync, openSync, readSync } from "node:fs";
 import { BlockList, isIP } from "node:net";
+import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
 // --- Limits ------------------------------------------------------------------------------------
@@ -69,10 +72,26 @@ const NO_ANSWER = 55_000; // without a sign of life from a peer that cannot be r
 const MAX_GATHER = 1; // that a line may wait for others to leave together with
 const MAX_NEWS_DELAY = 50; // that arrivals and departures may wait to be told in a very large room
 
+// History.
+const DEFAULT_RECALL = 20; // lines that /history shows
+const MAX_RECALL = 200; // and the most that it shows
+const MAX_REPLAY = 256 * KIB; // characters that a follower gets at once of what it has missed
+const MAX_REPLAY_BATCHES = 1000; // and batches
+const HISTORY_MEMORY = 4 * MIB; // of a history that is in no file, in bytes
+const CHECK_MEMORY = 64 * KIB; // characters that are stored between two looks at that memory
+const FORGET_AT_ONCE = 64; // batches
+const FORGET_BYTES = 64 * KIB; // of such batches, apart from the last one
+const FORGETTING = 2; // ms a second that may be spent on it
+const DAY = 86_400_000; // ms
+const STORE_AGAIN = 1000; // ms until the next try, after the history could not be stored
+const FORGET_AGAIN = 3_600_000; // ms until the next try, after forgetting has failed
+
 // The price of work, in short lines: see "Budgets".
 const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
 const ANSWER_BYTES_PER_UNIT = 4 * KIB; // of an answer, which only one person gets
 const IGNORED_BYTES_PER_UNIT = 64 * KIB; // of a line that is too long, which nobody gets
+const REPLAY_BYTES_PER_UNIT = 128 * KIB; // of what a follower has missed,
+const REPLAY_BATCHES_PER_UNIT = 500; // and batches of it: it must be faster than the room is
 const COMING_AND_GOING = 4; // everybody hears of both, and the newcomer gets the roster
 const BURST = 10_000; // ms' worth of work that may be done at once
 const NEWCOMER_BURST = 2_000; // the same for a connection that has just come
@@ -105,11 +124,13 @@ export type ServerOptions = {
   maxClients: number; // connections at a time
   maxPerAddress?: number | undefined; // and from one address; 64, or no limit on loopback
   tls?: Bun.TLSOptions | false; // certificate and key; without them the room is not encrypted
+  db?: string | undefined; // file of the history; without it, it is in memory
+  keep: number; // days until what was said is forgotten; 0 for never
   log?: ((event: string) => void) | undefined; // hears of arrivals, messages and departures
   logError?: (problem: string) => void; // hears what went wrong; the chat goes on
 };
 
-const DEFAULTS = { host: "127.0.0.1", port: 5555, rate: 10, maxClients: 10_000 };
+const DEFAULTS = { host: "127.0.0.1", port: 5555, rate: 10, maxClients: 10_000, keep: 30 };
 
 /** The people in the room: what its events have made of it, and nothing else. */
 export class Room {
@@ -135,6 +156,7 @@ class Server {
   flushes = 0; // so far
   newsNotBefore = 0; // ms; before then no flush only for arrivals and departures
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
+  newFollowers: Client[] = []; // have asked for what they missed; they get it after the next flush
   sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
   turnDeadline = 0; // ms; what comes later waits for the next turn; 0 between turns
   answerBytes = 0; // of answers and rosters in this turn
@@ -148,7 +170,15 @@ class Server {
   roster: Piece | null = null; // for a newcomer, without its newline; null while out of date
   whoAnswer: Parcel | null = null; // the answer to /who; likewise
 
-  constructor(readonly options: ServerOptions) {}
+  said: Said[]; // the last lines that people have said, for /history
+  saidInBatch = 0; // how many of them are in the batch
+
+  constructor(
+    readonly options: ServerOptions,
+    readonly history: History,
+  ) {
+    this.said = history.lastSaid();
+  }
 }
 
 /**
@@ -159,6 +189,16 @@ class Server {
  * - closing: on its way out. It gets what is queued for it, then our FIN, then it is closed.
  */
 type Phase = "connecting" | "naming" | "joined" | "closing";
+
+/**
+ * Whether a client hears what it says itself, and a mark behind each batch: see "Followers".
+ * - no: it is a person, or a program that does not care.
+ * - asked: it will, after the next flush.
+ * - replaying: it gets what it has missed, and the batches later.
+ * - draining: likewise, when its queue is empty.
+ * - live: it gets each batch and its mark.
+ */
+type Following = "no" | "asked" | "replaying" | "draining" | "live";
 
 /** One connection, from accept to close. It is the `socket.data` of its socket. */
 class Client {
@@ -186,6 +226,10 @@ class Client {
   queue: Entry[] = []; // what the kernel has not taken
   queued = 0; // bytes in the queue
   unreadPrivates = 0; // bytes of its own private messages that wait in queues of others
+
+  following: Following = "no";
+  joinedAfter = 0; // position of the last batch before it joined
+  replayedUntil = 0; // position of the last batch that it has, or knows to be missing
 
   constructor(
     readonly id: number,
@@ -225,6 +269,9 @@ type Piece = { parcel: Parcel; start: number; end: number };
 /** A piece that waits in a queue, since when (ms), and what has been read once it has left. */
 type Entry = Piece & { since: number; privates: PrivateDebt[] };
 
+/** A line that somebody has said, and the position of its batch, or about so before it is flushed. */
+type Said = { at: number; line: string };
+
 /** Private messages count against their sender until their reader has taken them. */
 type PrivateDebt = { sender: Client; bytes: number };
 
@@ -234,14 +281,16 @@ const NOTHING = Buffer.alloc(0);
 
 /**
  * Opens a room, which stays open until `stop()` of the returned handle is called.
- * @throws what Bun.listen throws: with a code such as EADDRINUSE, without one for an unknown host
+ * @throws what Bun.listen throws: with a code such as EADDRINUSE, without one for an unknown host;
+ *   and what `openHistory` throws
  */
 export function startServer(options: Partial<ServerOptions> = {}) {
-  const server = new Server({ ...DEFAULTS, ...options });
-  const { host: hostname, port, maxClients, tls = false } = server.options;
-  if (!isLoopback(hostname)) server.options.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
+  const settings: ServerOptions = { ...DEFAULTS, ...options };
+  const { host: hostname, port, maxClients, tls = false } = settings;
+  if (!isLoopback(hostname)) settings.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
   // Without descriptors a process can do nothing, not even refuse.
-  server.options.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - SPARE_SOCKETS));
+  settings.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - SPARE_SOCKETS));
+  const server = new Server(settings, openHistory(settings));
 
   const handlers: Bun.SocketHandler<Client> = {
     open: (socket) => handleClient(server, socket),
@@ -256,8 +305,15 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     // Half-open, because a client that has sent its FIN may still read: `... | nc -N`.
     Bun.listen<Client>({ hostname, port, tls, allowHalfOpen: true, socket: handlers });
 
-  let listener = listen(port);
+  let listener: Bun.TCPSocketListener<Client>;
+  try {
+    listener = listen(port);
+  } catch (error) {
+    server.history.close();
+    throw error;
+  }
   const sweeper = setInterval(sweep, 1000, server);
+  let stopped: Promise<void> | undefined;
 
   return {
     port: listener.port,
@@ -286,7 +342,10 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     },
 
     /** Delivers what was said, tells everybody, and closes. Resolves within three seconds. */
-    stop: () => stop(server, listener, sweeper),
+    stop() {
+      stopped ??= stop(server, listener, sweeper);
+      return stopped;
+    },
   };
 }
 
@@ -654,7 +713,7 @@ function greetOrRefuse(server: Server, client: Client): void {
     logRefusal(server, client, client.refusal);
   } else {
     client.phase = "naming";
-    tell(server, client, "Welcome to the chat! What is your name?");
+    tell(server, client, "Welcome to bun-chat! What is your name?");
   }
 }
 
@@ -678,6 +737,7 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
   let logged = outcome.logged;
   switch (event.type) {
     case "say":
+      rememberSaid(server, outcome.heard);
       broadcastMessage(server, outcome.heard, client);
       break;
     case "join":
@@ -712,6 +772,7 @@ function enterRoom(server: Server, client: Client, announcement: string): void {
   charge(server, client, COMING_AND_GOING);
 
   client.phase = "joined";
+  client.joinedAfter = server.history.position;
   client.ownBatch = [];
   client.ownBatchEnd = server.batchBytes + Buffer.byteLength(announcement) + 1; // behind it
   server.clients.push(client);
@@ -860,6 +921,7 @@ function serve(server: Server, client: Client, work: () => void): void {
 
 /** Looks once a second for clients that take too long, and for addresses that must wait. */
 function sweep(server: Server): void {
+  server.history.forgetOld();
   for (const address of server.addresses.values()) sweepAddress(server, address);
 
   const now = performance.now();
@@ -983,6 +1045,10 @@ function readLines(server: Server, client: Client): void {
 
     takeLine(server, client, bytes, start, end);
     start = newline + 1;
+    if (client.following === "asked") {
+      holdBack(server, client, bytes.subarray(start)); // until it has what it has missed
+      return;
+    }
   }
 
   readBeginning(server, client, bytes.subarray(start));
@@ -1005,9 +1071,9 @@ function endTurn(server: Server): void {
   server.answerBytes = 0;
 }
 
-/** Whether a line may get a long answer: a name, or /who, may get the names of all. */
+/** Whether a line may get a long answer: a name, /who or /history. */
 function mayBeAnswered({ phase }: Client, line: Buffer): boolean {
-  return phase === "naming" || /^\/w/i.test(line.toString("latin1", 0, 2));
+  return phase === "naming" || /^\/[wh]/i.test(line.toString("latin1", 0, 2));
 }
 
 /** Newcomers come in the next turn. What others are told must leave first. */
@@ -1127,10 +1193,11 @@ function countLines(bytes: Buffer): number {
 
 /** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
 export function broadcastMessage(server: Server, line: string, sender?: Client): void {
-  if (sender) catchUp(sender, server.batchBytes);
+  const isLeftOut = sender?.following === "no"; // a follower hears itself
+  if (isLeftOut) catchUp(sender, server.batchBytes);
   server.batch += line + "\n";
   server.batchBytes += Buffer.byteLength(line) + 1;
-  if (sender) sender.ownBatchEnd = server.batchBytes;
+  if (isLeftOut) sender.ownBatchEnd = server.batchBytes;
 
   const copies = server.batchBytes * server.clients.length;
   if (server.batchBytes >= MAX_BATCH || copies >= MAX_COPIES) flush(server);
@@ -1155,6 +1222,7 @@ function tell(server: Server, client: Client, line: string): void {
 /** Gives a client a batch of its own, with all of the common batch up to `end` that it should get. */
 function catchUp(client: Client, end: number): Part[] {
   client.ownBatch ??= [];
+  if (!hearsBatches(client)) return client.ownBatch;
   if (client.ownBatchEnd < end) client.ownBatch.push({ start: client.ownBatchEnd, end });
   client.ownBatchEnd = end;
   return client.ownBatch;
@@ -1194,7 +1262,7 @@ function gather(server: Server, deadline: number, idleTurns: number, inputs: num
 /** Sends everybody the same bytes, except clients that have a batch of their own. */
 function flush(server: Server): void {
   const started = performance.now();
-  const { batch: text, leavers } = server;
+  const { batch: text, batchBytes, leavers } = server;
 
   // Whatever fails below, the next line begins a new batch.
   server.batch = "";
@@ -1203,19 +1271,25 @@ function flush(server: Server): void {
   server.flushes++;
   server.leavers = [];
 
-  const batch = wholeOf(new Parcel(Buffer.from(text)));
+  // It is stored before anybody gets it: what was heard is never forgotten.
+  const mark = text === "" ? "" : storeBatch(server, text);
+  const parcel = new Parcel(Buffer.from(text + mark));
+  const batch = { parcel, start: 0, end: batchBytes };
+  const markedBatch = wholeOf(parcel);
   for (const client of leavers) serve(server, client, () => queueLastBatch(server, client, batch));
   sendToLeavers(server, leavers);
 
   // Iterate over a copy: an exception may remove a client.
   for (const client of [...server.clients]) {
     try {
-      sendBatch(server, client, batch); // not by `serve`, whose closures would cost a few percent
+      const news = client.following === "live" ? markedBatch : batch;
+      sendBatch(server, client, news); // not by `serve`, whose closures would cost a few percent
     } catch (error) {
       handleError(server, client.socket, error);
     }
   }
-  if (batch.parcel.entries === 0) detach(batch.parcel.bytes);
+  if (parcel.entries === 0) detach(parcel.bytes);
+  startReplays(server);
 
   const now = performance.now();
   server.newsNotBefore = now + Math.min(now - started, MAX_NEWS_DELAY);
@@ -1227,7 +1301,7 @@ function flush(server: Server): void {
 function sendBatch(server: Server, client: Client, batch: Piece): void {
   client.sliceUsed = 0;
   if (client.ownBatch === null) {
-    send(server, client, batch);
+    if (hearsBatches(client)) send(server, client, batch);
     return;
   }
 
@@ -1375,6 +1449,7 @@ function sendQueue(server: Server, client: Client): void {
   }
   for (const entry of client.queue.splice(0, done)) dropEntry(server, entry);
   finishWriting(client);
+  if (client.following === "draining") scheduleReplay(server, client);
 }
 
 /** An entry has left a queue. */
@@ -1433,6 +1508,18 @@ const COMMANDS: readonly Command[] = [
     parameters: "NAME TEXT",
     help: "says something to one person only",
     run: sendPrivate,
+  },
+  {
+    name: "/history",
+    parameters: "N",
+    help: `shows the last N lines that were said (${DEFAULT_RECALL}; at most ${MAX_RECALL})`,
+    run: sendHistory,
+  },
+  {
+    name: "/since",
+    parameters: "POSITION",
+    help: "is for programs that must not miss a line",
+    run: follow,
   },
   { name: "/quit", parameters: "", help: "leaves the room", run: quit },
 ];
@@ -1519,6 +1606,370 @@ function countPrivates(reader: Client): void {
 
 function quit(server: Server, client: Client): void {
   dismiss(server, client);
+}
+
+// --- History -----------------------------------------------------------------------------------
+// The history is what the room has heard: no private messages, no answers, no refusals. Each batch is
+// a row of a SQLite table, stored as it goes out and before it does. Its position is its time in µs,
+// which no other batch has. An empty row is a gap: what came just before it is not known. The first
+// row is always one.
+
+type Batch = { at: number; text: string };
+type History = ReturnType<typeof openHistory>;
+
+// Each entry makes a file of the version before one newer.
+const SCHEMA = ["CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT"];
+const APPLICATION_ID = 0x62_75_6e_63; // "bunc", in bytes 68 to 71 of the file (SQLite, file format)
+
+const HISTORY_PROBLEMS: readonly { code: RegExp; reason: string }[] = [
+  { code: /ENOENT/, reason: "there is no such folder" },
+  { code: /EISDIR/, reason: "it is a folder" },
+  { code: /EACCES|EPERM|EROFS|READONLY|CANTOPEN|IOERR_LOCK/, reason: "it cannot be written there" },
+  { code: /BUSY/, reason: "another server uses it" },
+  { code: /NOTADB|CORRUPT/, reason: "it is damaged" },
+  { code: /FULL|ENOSPC/, reason: "the disk is full" },
+];
+
+function reasonOf(error: unknown): string {
+  const { code, message } = error as NodeJS.ErrnoException;
+  return HISTORY_PROBLEMS.find((problem) => problem.code.test(`${code}`))?.reason ?? message;
+}
+
+/**
+ * Opens the history in a file, or in memory, where it is small.
+ * @throws Error with a message for the user
+ */
+function openHistory({ db: file, keep, logError }: ServerOptions) {
+  const database = openDatabase(file);
+  const insert = database.query<null, [number, string]>("INSERT INTO history VALUES (?, ?)");
+  const select = database.query<Batch, [number]>(
+    "SELECT at, text FROM history WHERE at > ? ORDER BY at LIMIT 1",
+  );
+  const selectSaid = database.query<Batch, [number]>(
+    `SELECT at, text FROM history WHERE at < ? AND instr(char(10) || text, char(10) || '[') > 0
+     ORDER BY at DESC LIMIT 1`,
+  );
+  // The oldest batches, with what stands before each of them, in bytes.
+  const selectOldest = database.query<{ first: number; last: number }, [number, number, number]>(
+    `SELECT min(at) AS first, max(at) AS last FROM (
+       SELECT at, sum(octet_length(text)) OVER (ORDER BY at) - octet_length(text) AS before
+       FROM history WHERE at < ? ORDER BY at LIMIT ?)
+     WHERE before <= ?`,
+  );
+  const empty = database.query<null, [number]>("UPDATE history SET text = '' WHERE at = ?");
+  const remove = database.query<null, [number]>("DELETE FROM history WHERE at < ?");
+  const measure = database.query<{ bytes: number }, []>(
+    `SELECT (page_count - freelist_count) * page_size AS bytes
+     FROM pragma_page_count, pragma_freelist_count, pragma_page_size`,
+  );
+
+  let position = lastPosition(database);
+  let gap = 0; // position of the last batch, if it could not be stored
+  let storeNotBefore = 0; // ms
+  let forgetNotBefore = 0; // ms
+  let unmeasured = 0; // characters stored since the last look at the memory
+
+  function store(text: string): void {
+    if (gap > 0) insert.run(gap, "");
+    insert.run(position, text);
+    if (gap > 0) logError?.("The history is stored again. Something is missing in it.");
+    gap = 0;
+  }
+
+  /** Forgets some batches that are older than a position. @returns whether there were any */
+  function forget(before: number): boolean {
+    const oldest = selectOldest.get(before, FORGET_AT_ONCE, FORGET_BYTES);
+    if (!oldest || oldest.first === oldest.last) return false;
+    empty.run(oldest.last); // comes first: a crash behind it leaves two gaps, and not none
+    remove.run(oldest.last);
+    return true;
+  }
+
+  function keepSmall(stored: number): void {
+    unmeasured += stored;
+    if (file !== undefined || unmeasured < CHECK_MEMORY) return;
+    unmeasured = 0;
+    while ((measure.get()?.bytes ?? 0) > HISTORY_MEMORY) forget(position);
+  }
+
+  return {
+    /** Of the last batch. */
+    get position() {
+      return position;
+    },
+
+    /** Stores a batch. What cannot be stored is a gap. @returns its position */
+    save(text: string): number {
+      position = Math.max(position + 1, Date.now() * 1000);
+      if (gap > 0 && performance.now() < storeNotBefore) {
+        gap = position;
+        return position;
+      }
+      try {
+        store(text);
+        keepSmall(text.length);
+      } catch (error) {
+        if (gap === 0)
+          logError?.(`The history cannot be stored: ${reasonOf(error)}. The chat goes on.`);
+        gap = position;
+        storeNotBefore = performance.now() + STORE_AGAIN;
+      }
+      return position;
+    },
+
+    /** The first batch after a position, which is empty if something is missing before its end. */
+    next(after: number): Batch | null {
+      try {
+        const batch = select.get(after);
+        if (batch) return batch;
+        return gap > after ? { at: gap, text: "" } : null;
+      } catch (error) {
+        logError?.(`The history cannot be read: ${reasonOf(error)}.`);
+        return position > after ? { at: position, text: "" } : null;
+      }
+    },
+
+    /** The last lines that people have said, as many as /history may ask for. */
+    lastSaid(): Said[] {
+      let said: Said[] = [];
+      try {
+        let batch = selectSaid.get(Number.MAX_SAFE_INTEGER);
+        while (batch && said.length < MAX_RECALL) {
+          const { at, text } = batch;
+          const lines = text.split("\n").filter((line) => line.startsWith("["));
+          said = [...lines.map((line) => ({ at, line })), ...said].slice(-MAX_RECALL);
+          batch = selectSaid.get(at);
+        }
+      } catch (error) {
+        logError?.(`The history cannot be read: ${reasonOf(error)}.`);
+      }
+      return said;
+    },
+
+    /** Forgets some of what is too old. Called once a second, it is never felt. */
+    forgetOld(): void {
+      const started = performance.now();
+      if (keep === 0 || gap > 0 || started < forgetNotBefore) return;
+      const oldest = (Date.now() - keep * DAY) * 1000;
+      try {
+        while (performance.now() < started + FORGETTING) if (!forget(oldest)) break;
+      } catch (error) {
+        logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
+        forgetNotBefore = started + FORGET_AGAIN;
+      }
+    },
+
+    /** Leaves one file behind, which knows what is missing in it. */
+    close(): void {
+      try {
+        if (gap > 0) insert.run(gap, "");
+        database.close(true);
+      } catch (error) {
+        logError?.(`The history cannot be closed: ${reasonOf(error)}.`);
+      }
+    },
+  };
+}
+
+/** @throws Error with a message for the user */
+function openDatabase(file?: string): Database {
+  if (file === undefined) return prepareDatabase(":memory:");
+  try {
+    const path = resolve(file); // SQLite would take some names for something else
+    checkFile(path);
+    return prepareDatabase(path);
+  } catch (error) {
+    throw new Error(`${file} cannot be the history: ${reasonOf(error)}.`);
+  }
+}
+
+/** Makes sure of a file before SQLite touches it. Only its owner may read a new one. */
+function checkFile(path: string): void {
+  const fd = openSync(path, "a+", 0o600);
+  try {
+    if (!fstatSync(fd).isFile()) throw new Error("it is not a file");
+    const header = Buffer.alloc(100);
+    const size = readSync(fd, header, 0, header.length, 0);
+    if (size > 0 && header.readUInt32BE(68) !== APPLICATION_ID)
+      throw new Error("it belongs to another program");
+  } finally {
+    closeSync(fd);
+  }
+}
+
+function prepareDatabase(path: string): Database {
+  const database = new Database(path);
+  try {
+    // No other process may have the file, which makes storing twice as fast.
+    database.run("PRAGMA locking_mode = EXCLUSIVE");
+    const version = versionOf(database);
+    if (version > SCHEMA.length) throw new Error("it was made by a newer version of bun-chat");
+    if (version < SCHEMA.length) database.transaction(renew).immediate(database, version);
+
+    // An end of the process loses nothing that was stored; a power failure may lose the last seconds.
+    database.run("PRAGMA journal_mode = WAL");
+    database.run("PRAGMA synchronous = NORMAL");
+    database.run("PRAGMA secure_delete = ON"); // what is forgotten is no longer in the file either
+    lastPosition(database); // throws if the table cannot be read
+    return database;
+  } catch (error) {
+    database.close();
+    throw error;
+  }
+}
+
+function versionOf(database: Database): number {
+  const query = database.query<{ version: number }, []>(
+    "SELECT user_version AS version FROM pragma_user_version",
+  );
+  return query.get()?.version ?? 0;
+}
+
+function lastPosition(database: Database): number {
+  return database.query<{ at: number }, []>("SELECT max(at) AS at FROM history").get()?.at ?? 0;
+}
+
+/** Makes a new file, or one of an older version, what this version expects. */
+function renew(database: Database, version: number): void {
+  for (const change of SCHEMA.slice(version)) database.run(change);
+  if (version === 0) database.run("INSERT INTO history VALUES (?, '')", [Date.now() * 1000]);
+  database.run(`PRAGMA application_id = ${APPLICATION_ID}`);
+  database.run(`PRAGMA user_version = ${SCHEMA.length}`);
+}
+
+/** Stores a batch, which is about to leave. @returns its mark, a line */
+function storeBatch(server: Server, text: string): string {
+  const at = server.history.save(text);
+  const first = Math.max(0, server.said.length - server.saidInBatch);
+  for (const said of server.said.slice(first)) said.at = at;
+  server.saidInBatch = 0;
+  return markOf(at);
+}
+
+/** Remembers what somebody says for /history, also in its own batch. */
+function rememberSaid(server: Server, line: string): void {
+  if (server.said.length >= 2 * MAX_RECALL) server.said = server.said.slice(-MAX_RECALL);
+  server.said.push({ at: Math.max(server.history.position + 1, Date.now() * 1000), line });
+  server.saidInBatch++;
+}
+
+/** Answers /history. People get dates, and followers get positions. */
+function sendHistory(server: Server, client: Client, rest: string): void {
+  const count = /^\d{1,9}$/.test(rest) ? Number(rest) : 0;
+  if (rest !== "" && count === 0) {
+    answer(server, client, `* Say it like this: /history N, with N from 1 to ${MAX_RECALL}`);
+    return;
+  }
+  if (server.said.length === 0) {
+    answer(server, client, "* Nothing has been said yet.");
+    return;
+  }
+
+  const said = server.said.slice(-Math.min(count || DEFAULT_RECALL, MAX_RECALL));
+  const showTime = client.following === "no" ? formatTime : String;
+  answer(server, client, said.map(({ at, line }) => `* ${showTime(at)} ${line}`).join("\n"));
+}
+
+/** The minute of a position, in local time. */
+function formatTime(at: number): string {
+  return new Date(at / 1000).toLocaleString("sv").slice(0, "2026-12-31 23:59".length);
+}
+
+// --- Followers ---------------------------------------------------------------------------------
+// A program that must not miss a line says `/since POSITION`. From then on it is a follower: it hears
+// its own lines, too, and behind each batch a mark, `* POSITION`. When its connection is lost, it
+// comes back and asks for everything since the last mark. The answer begins with
+//
+//     * Since POSITION until POSITION
+//
+// The first one is what it has asked for, or a later one if something is missing. Where something is
+// missing later on, the same line comes again. The second one is the last position before it joined:
+// the first batch behind it has its own arrival, and all that its earlier connections have said comes
+// before. Then come the batches with their marks, as they have come to everybody else.
+
+function markOf(at: number): string {
+  return `* ${at}\n`;
+}
+
+/** Answers /since: the client gets what it has missed after the next flush, and is not read from. */
+function follow(server: Server, client: Client, rest: string): void {
+  const since = rest === "" ? client.joinedAfter : Number(rest);
+  if (!/^\d{0,16}$/.test(rest)) {
+    answer(server, client, "* Say it like this: /since POSITION");
+    return;
+  }
+
+  // What it should still get of this batch comes with the others, in order.
+  const told = client.ownBatch?.filter((part) => !("start" in part)) ?? [];
+  client.ownBatch = told.length > 0 ? told : null;
+  client.ownBatchEnd = 0;
+  client.following = "asked";
+  client.replayedUntil = since;
+  server.newFollowers.push(client);
+  scheduleFlush(server, true);
+}
+
+/** Whether a client gets the batches as they come. */
+function hearsBatches({ following }: Client): boolean {
+  return following === "no" || following === "live";
+}
+
+/** The batch with the arrival of each new follower is stored now. */
+function startReplays(server: Server): void {
+  for (const client of server.newFollowers.splice(0))
+    postpone(server, client, () => startReplay(server, client));
+}
+
+function startReplay(server: Server, client: Client): void {
+  const { history } = server;
+  const since = Math.min(client.replayedUntil, history.position); // it may be of another history
+  const first = history.next(since);
+  client.replayedUntil = first?.text === "" ? first.at : since;
+  continueReplay(server, client, sinceLine(client));
+}
+
+function sinceLine({ replayedUntil, joinedAfter }: Client): string {
+  return `* Since ${replayedUntil} until ${joinedAfter}\n`;
+}
+
+/** Sends some of what a client has missed. When that was all, it gets the batches as they come. */
+function continueReplay(server: Server, client: Client, begin = ""): void {
+  if (client.phase !== "joined") return;
+  if (isTurnOver(server)) {
+    postpone(server, client, () => continueReplay(server, client, begin));
+    return;
+  }
+
+  let text = begin;
+  let batches = 0;
+  let batch = server.history.next(client.replayedUntil);
+  while (batch && batches < MAX_REPLAY_BATCHES && text.length < MAX_REPLAY) {
+    client.replayedUntil = batch.at;
+    text += batch.text === "" ? sinceLine(client) : batch.text + markOf(batch.at);
+    batches++;
+    batch = server.history.next(batch.at);
+  }
+
+  const parcel = new Parcel(Buffer.from(text));
+  send(server, client, wholeOf(parcel));
+  const bytes = parcel.bytes.length / REPLAY_BYTES_PER_UNIT;
+  charge(server, client, bytes + batches / REPLAY_BATCHES_PER_UNIT);
+
+  if (batch) {
+    scheduleReplay(server, client);
+  } else {
+    client.following = "live";
+    readOn(server, client);
+  }
+}
+
+/** Goes on when a client has read what it got, and has paid for it. */
+function scheduleReplay(server: Server, client: Client): void {
+  client.following = client.queue.length > 0 ? "draining" : "replaying";
+  if (client.following === "draining") return; // `sendQueue` comes back
+
+  const wait = charge(server, client, 0);
+  setTimeout(postpone, wait, server, client, () => continueReplay(server, client));
 }
 
 // --- Budgets -----------------------------------------------------------------------------------
@@ -1671,6 +2122,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   while (server.connections.size > 0 && performance.now() < started + STOP_DEADLINE)
     await Bun.sleep(5);
   for (const client of server.connections.values()) client.socket.terminate();
+  server.history.close();
 }
 
 /** Tells those outside of the room, too, and sends the FIN. Nobody leaves: the room does. */
@@ -1696,6 +2148,8 @@ const OPTIONS = [
   ["max-per-address", "N", "connections from one address (64; no limit on loopback)"],
   ["tls-cert", "FILE", "encrypt the room with this certificate (PEM), read again on SIGHUP"],
   ["tls-key", "FILE", "and with this private key (PEM)"],
+  ["db", "FILE", "keep the history in this file (SQLite); otherwise it ends with the server"],
+  ["keep", "DAYS", `until what was said is forgotten (${DEFAULTS.keep}; 0 for never)`],
   ["quiet", "", "print only start, stop and errors"],
   ["help", "", "show this text"],
   ["version", "", "show the version"],
@@ -1776,12 +2230,13 @@ function readOptions() {
       OPTIONS.map(([name, value]) => [name, { type: value ? "string" : "boolean" }] as const),
     ),
   });
-  const { host, quiet, help, version, "tls-cert": cert, "tls-key": key } = values;
+  const { host, quiet, help, version, db, "tls-cert": cert, "tls-key": key } = values;
   if (help || version) {
     console.log(help ? USAGE : `bun-chat ${VERSION}`);
     process.exit(0);
   }
   if (host === "") throw new TypeError("--host takes an address");
+  if (db === "") throw new TypeError("--db takes the name of a file");
   if ((cert === undefined) !== (key === undefined))
     throw new TypeError("--tls-cert and --tls-key go together");
 
@@ -1801,24 +2256,27 @@ function readOptions() {
     rate: readInteger("rate", 0, 1_000_000, DEFAULTS.rate),
     maxClients: readInteger("max-clients", 1, 1_000_000, DEFAULTS.maxClients),
     maxPerAddress: readInteger("max-per-address", 1, 1_000_000, undefined),
+    db: db === undefined ? undefined : `${db}`,
+    keep: readInteger("keep", 0, 36_500, DEFAULTS.keep),
     tls: cert !== undefined && { cert: Bun.file(`${cert}`), key: Bun.file(`${key}`) },
     quiet,
   };
 }
 
-const PROBLEMS: readonly { code: RegExp; advice: string }[] = [
-  { code: /^EADDRINUSE$/, advice: "The port is in use: choose another one with --port." },
+// The code of an error, or the message of one that has no code.
+const PROBLEMS: readonly { sign: RegExp; advice: string }[] = [
+  { sign: /^EADDRINUSE$/, advice: "The port is in use: choose another one with --port." },
   {
-    code: /^EACCES$/,
+    sign: /^EACCES$/,
     advice: "That port is for the administrator: choose one above 1023 with --port.",
   },
   {
-    code: /^E(ADDRNOTAVAIL|NOTFOUND)$|^undefined$/,
+    sign: /^E(ADDRNOTAVAIL|NOTFOUND)$|^Failed to listen/,
     advice: "This machine has no such address: change --host.",
   },
-  { code: /^ERR_OSSL_.*MISMATCH$/, advice: "The key does not belong to the certificate." },
+  { sign: /^ERR_OSSL_.*MISMATCH$/, advice: "The key does not belong to the certificate." },
   {
-    code: /OSSL|ISDIR|NOENT/,
+    sign: /OSSL|ISDIR|NOENT/,
     advice: "The certificate or the key is not in PEM, or the key needs a password.",
   },
 ];
@@ -1832,7 +2290,7 @@ function explain(error: unknown): string {
     return `${what}${why}. See bun server.ts --help.`;
   }
   if (path !== undefined) return `The file ${path} cannot be read.`;
-  return PROBLEMS.find((problem) => problem.code.test(`${code}`))?.advice ?? message;
+  return PROBLEMS.find(({ sign }) => sign.test(code ?? message))?.advice ?? message;
 }
 
 /**
