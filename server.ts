@@ -156,7 +156,7 @@ class Server {
   flushes = 0; // so far
   newsNotBefore = 0; // ms; before then no flush only for arrivals and departures
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
-  newFollowers: Client[] = []; // have asked for what they missed; they get it after the next flush
+  newFollowers: { client: Client; since: number }[] = []; // get what they missed after the next flush
   sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
   turnDeadline = 0; // ms; what comes later waits for the next turn; 0 between turns
   answerBytes = 0; // of answers and rosters in this turn
@@ -1518,7 +1518,7 @@ const COMMANDS: readonly Command[] = [
   {
     name: "/since",
     parameters: "POSITION",
-    help: "is for programs that must not miss a line",
+    help: "is for programs that must not miss a line: see README.md",
     run: follow,
   },
   { name: "/quit", parameters: "", help: "leaves the room", run: quit },
@@ -1876,25 +1876,27 @@ function formatTime(at: number): string {
 }
 
 // --- Followers ---------------------------------------------------------------------------------
-// A program that must not miss a line says `/since POSITION`. From then on it is a follower: it hears
-// its own lines, too, and behind each batch a mark, `* POSITION`. When its connection is lost, it
-// comes back and asks for everything since the last mark. The answer begins with
+// A program that must not miss a line says /since. From then on it is a follower: it hears its own
+// lines, too, and behind each batch a mark, "* POSITION". When its connection is lost, it comes back
+// and says "/since POSITION", with the last mark. The answer begins with
 //
 //     * Since POSITION until POSITION
 //
-// The first one is what it has asked for, or a later one if something is missing. Where something is
-// missing later on, the same line comes again. The second one is the last position before it joined:
+// The first of these is what it has asked for, or another one if something is missing. Where something
+// is missing later on, such a line comes again. The second one is the last position before it joined:
 // the first batch behind it has its own arrival, and all that its earlier connections have said comes
-// before. Then come the batches with their marks, as they have come to everybody else.
+// before. Then come the batches and their marks, as they have come to everybody else.
+//
+// "/since" alone asks for everything since it joined, and "/since -N" first for the last N lines that
+// were said before.
 
 function markOf(at: number): string {
   return `* ${at}\n`;
 }
 
-/** Answers /since: the client gets what it has missed after the next flush, and is not read from. */
+/** Answers /since. What the client has missed comes after the next flush; until then nothing is read. */
 function follow(server: Server, client: Client, rest: string): void {
-  const since = rest === "" ? client.joinedAfter : Number(rest);
-  if (!/^\d{0,16}$/.test(rest)) {
+  if (!/^(-?\d{1,16})?$/.test(rest)) {
     answer(server, client, "* Say it like this: /since POSITION");
     return;
   }
@@ -1904,8 +1906,8 @@ function follow(server: Server, client: Client, rest: string): void {
   client.ownBatch = told.length > 0 ? told : null;
   client.ownBatchEnd = 0;
   client.following = "asked";
-  client.replayedUntil = since;
-  server.newFollowers.push(client);
+  const since = rest === "" ? client.joinedAfter : Number(rest);
+  server.newFollowers.push({ client, since });
   scheduleFlush(server, true);
 }
 
@@ -1916,16 +1918,25 @@ function hearsBatches({ following }: Client): boolean {
 
 /** The batch with the arrival of each new follower is stored now. */
 function startReplays(server: Server): void {
-  for (const client of server.newFollowers.splice(0))
-    postpone(server, client, () => startReplay(server, client));
+  for (const { client, since } of server.newFollowers.splice(0))
+    postpone(server, client, () => startReplay(server, client, since));
 }
 
-function startReplay(server: Server, client: Client): void {
+function startReplay(server: Server, client: Client, since: number): void {
   const { history } = server;
-  const since = Math.min(client.replayedUntil, history.position); // it may be of another history
-  const first = history.next(since);
-  client.replayedUntil = first?.text === "" ? first.at : since;
-  continueReplay(server, client, sinceLine(client));
+  const isRecall = since < 0; // a number of lines
+  const start = isRecall ? client.joinedAfter : Math.min(since, history.position);
+  const first = history.next(start);
+  client.replayedUntil = first?.text === "" ? first.at : start;
+
+  const recalled = isRecall ? recall(server, client, -since) : "";
+  continueReplay(server, client, recalled + sinceLine(client));
+}
+
+/** The last lines that people have said before a client joined. */
+function recall({ said }: Server, { joinedAfter }: Client, count: number): string {
+  const lines = said.filter(({ at }) => at <= joinedAfter).slice(-Math.min(count, MAX_RECALL));
+  return lines.map(({ at, line }) => `* ${at} ${line}\n`).join("");
 }
 
 function sinceLine({ replayedUntil, joinedAfter }: Client): string {
