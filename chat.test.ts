@@ -617,7 +617,7 @@ type Habits = {
 
 /** The smallest server of Budget Chat. Its transcript holds "joined: NAME", "NAME: text" and such. */
 function budgetChat(habits: Habits = {}) {
-  const { greeting = WELCOME, newline = "\n" } = habits;
+  const { greeting = "Welcome to the chat! What is your name?", newline = "\n" } = habits;
   const refusals = [...(habits.refusals ?? [])];
   const { roster = "* The room contains: bob, carol" } = habits;
   const heard = new Transcript();
@@ -2284,7 +2284,7 @@ describe("the editor", () => {
   const OFFERS = `
     b = Boris: |bill: |bob: |; BO = Boris: |bob: |; hi b = hi Boris |hi bill |hi bob |; x = ; //m = ; say /m = ;
     @b = @Boris |@bill |@bob |; hi @BI = hi @bill |; /msg  = /msg Boris |/msg bill |/msg bob |;
-    /m = /msg |; /I = /ignore |; / = /help |/who |/nick |/msg |/ignore |/quit |`;
+    /m = /msg |; /I = /ignore |; / = /help |/who |/nick |/msg |/history |/ignore |/quit |`;
   test.each(rowsOf(OFFERS))("offers %s", (row) => {
     const [typed = "", offers = ""] = row.split(/ = ?/);
     expect(complete(typed, people)).toEqual(offers.split("|").slice(0, -1));

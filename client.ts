@@ -11,8 +11,12 @@
  * terminal, where what arrives never disturbs what is being typed, or a pipe. The server is a
  * stranger: no byte of it reaches the terminal as a control, and it cannot make the client grow.
  *
- * From top to bottom: options and limits, text, what a line means, how it is shown, the connection,
- * the editor of a line, the display, the two screens, the conversation, the program.
+ * A server of bun-chat keeps a history. The client follows it, so that a lost connection costs no line
+ * in either direction, and none comes twice.
+ *
+ * From top to bottom: options and limits, text, what a line means, how it is shown, lines on their way,
+ * the history, the connection, the editor of a line, the display, the two screens, the conversation,
+ * the program.
  */
 
 import { X509Certificate } from "node:crypto";
@@ -26,7 +30,7 @@ const { stdin, stdout } = process;
 // --- Options and limits ------------------------------------------------------------------------
 
 const VERSION = "0.1.0";
-const DEFAULTS = { host: "127.0.0.1", port: 5555 };
+const DEFAULTS = { host: "127.0.0.1", port: 5555, recall: 10 };
 
 /** Where the server is, and whom to trust under TLS. */
 type Address = { host: string; port: number; tls: boolean | { ca: string } };
@@ -52,7 +56,11 @@ const MAX_SHOWN = 8192; // characters of a line that are shown; a message has 40
 const MAX_ANSWER = 20; // lines that a server may use for a refusal
 const MAX_TYPED = 8192; // characters of a line that is being typed
 const MAX_PEOPLE = 10_000; // names remembered for Tab
-const MAX_HISTORY = 1000; // lines
+const MAX_HISTORY = 1000; // lines that Up brings back
+const MAX_RECALL = 200; // lines that a server recalls
+const MAX_MESSAGE = 4096; // bytes of a line that a server of ours takes
+const MAX_HELD = 1024 * 1024; // characters of lines that wait for a mark; a batch has about 260,000
+const MAX_UNDER_WAY = 1024 * 1024; // bytes of lines that were sent and have not come back
 const MAX_OUTPUT = 64 * 1024; // characters that may wait for the terminal before we stop reading
 const PASTED_AT_ONCE = 20; // lines; the others go one by one
 const SHORT_PASTE = 5; // lines that are not worth a word
@@ -171,7 +179,11 @@ export function wrapText(text: string, start: number, indent: number, columns: n
 // --- What a line means -------------------------------------------------------------------------
 
 /** A line of the room, with the parts that say what it is. A mere notice has none. */
-type Entry = { text: string } & Partial<Record<Part, string>>;
+export type Entry = {
+  text: string;
+  at?: number; // ms; when it was said, if that was not just now
+  isRecalled?: boolean; // it was said before we came
+} & Partial<Record<Part, string>>;
 type Part = "from" | "to" | "who" | "did" | "renamed" | "roster";
 
 // A name has no space and no punctuation, so nothing that people say can look like one of these. Some
@@ -185,8 +197,13 @@ const FORMS = [
 ];
 const FORM = new RegExp(`^(?:${FORMS.join("|")})`, "u");
 
-/** Finds out what a line is: a message, news of somebody, a roster, or none of them. */
+// A line of the history, with its time in µs.
+const RECALLED = /^\* (\d{16}) (\[.*)/s;
+
+/** Finds out what a line is: a message, news of somebody, a roster, a recalled line, or none of them. */
 export function classify(text: string): Entry {
+  const [, at, line = ""] = RECALLED.exec(text) ?? [];
+  if (at !== undefined) return { ...classify(line), at: Number(at) / 1000, isRecalled: true };
   return { text, ...FORM.exec(text)?.groups };
 }
 
@@ -241,6 +258,7 @@ const COMMANDS: readonly Command[] = [
   { name: "/who", parameters: "", help: "who is here" },
   { name: "/nick", parameters: "NAME", help: "be called NAME from now on" },
   { name: "/msg", parameters: "NAME TEXT", help: "say TEXT to NAME and to nobody else" },
+  { name: "/history", parameters: "N", help: "the last N lines that were said" },
   {
     name: "/ignore",
     parameters: "NAME",
@@ -296,8 +314,8 @@ type Style = { sender: string; text: string; rings: boolean };
 const NOTICE: Style = { sender: DIM, text: DIM, rings: false };
 const OWN: Style = { sender: DIM, text: "0", rings: false };
 
-function styleOf({ from, to, text }: Entry, reader: string): Style {
-  if (!from) return NOTICE;
+function styleOf({ from, to, text, isRecalled }: Entry, reader: string): Style {
+  if (!from || isRecalled) return NOTICE;
   const isOwn = isSameName(from, reader);
   if (to) return { sender: PRIVATE, text: PRIVATE, rings: !isOwn };
 
@@ -312,9 +330,25 @@ function cut(text: string): string {
   return text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}… (cut)` : text;
 }
 
+/** The time of a line, in ms, with its date if that is not today's. */
+function formatTime(at: number): string {
+  const [date, time = ""] = formatDate(at).split(" ");
+  return formatDate(Date.now()).startsWith(`${date} `) ? time : `${date} ${time}`;
+}
+
+function formatDate(at: number): string {
+  return new Date(at).toLocaleString("sv").slice(0, "2026-12-31 23:59".length);
+}
+
 /** A line with its time, wrapped under the beginning of its text. */
-function layOut(sender: string, text: string, style: Style, columns: number): string {
-  const time = new Date().toTimeString().slice(0, 5);
+function layOut(
+  sender: string,
+  text: string,
+  style: Style,
+  columns: number,
+  at = Date.now(),
+): string {
+  const time = formatTime(at);
   const start = columnsOf(`${time} ${sender}`);
   const indent = Math.min(start, columns >> 1);
   const wrapped = wrapText(encode(cut(text)), Math.min(start, columns), indent, columns);
@@ -326,7 +360,8 @@ function layOutEntry(entry: Entry, reader: string, columns: number, bell: string
   const { text } = entry;
   const style = styleOf(entry, reader);
   const [sender = ""] = (entry.from ? /^\[[^\]]*\] / : /^\* /).exec(text) ?? [];
-  return layOut(sender, text.slice(sender.length), style, columns) + (style.rings ? bell : "");
+  const shown = layOut(sender, text.slice(sender.length), style, columns, entry.at);
+  return shown + (style.rings ? bell : "");
 }
 
 /** A roster that takes more than two rows is counted, sorted and cut. */
@@ -350,17 +385,322 @@ export function shortenRoster(entry: Entry, columns: number): string {
 }
 
 /** Neighbours that all joined, or all left, are one line. Only the first of them are kept. */
-type Crowd = { did: string; names: string[]; count: number; text: string };
+type Crowd = { did: string; names: string[]; count: number; first: Entry };
 
-function entryOf({ did, names, count, text }: Crowd): Entry {
-  if (count === 1) return { text };
+function entryOf({ did, names, count, first }: Crowd): Entry {
+  if (count === 1) return first;
   const shown = count > 3 ? [...names.slice(0, 2), `${count - 2} others`] : names;
-  return { text: `* ${new Intl.ListFormat("en-GB").format(shown)} have ${did}` };
+  return { ...first, text: `* ${new Intl.ListFormat("en-GB").format(shown)} have ${did}` };
+}
+
+// --- Lines on their way ------------------------------------------------------------------------
+
+type Connection = Bun.Socket<undefined>;
+
+/** A room takes a long line more slowly, ours one of 4096 bytes like nine short ones. */
+function costOf({ length }: Uint8Array): number {
+  return 1 + Math.floor(length / 512);
+}
+
+/** A line on its way. What is said comes back from a server of ours, a command has an answer. */
+type Outgoing = { bytes: Uint8Array; isSaid: boolean };
+
+export type Outbox = ReturnType<typeof createOutbox>;
+
+/** Lines that wait to be sent, and those that were sent and may not have arrived. */
+export function createOutbox() {
+  let waiting: Outgoing[] = [];
+  let underWay: Outgoing[] = []; // to a server of ours, which has not told of them yet
+  let bytesUnderWay = 0;
+  let taken = 0; // bytes of the first line that waits, which the kernel has
+  let flushed = Promise.withResolvers<void>();
+  let sent = 0; // lines, on this connection, to a server that tells nothing
+  let sentCost = 0; // of these, in short lines
+  let lastSent = -Infinity; // ms
+
+  const isSaid = (line: Outgoing) => line.isSaid;
+
+  /** Takes the first lines off that are under way. */
+  function arrive(count: number): void {
+    for (const { bytes } of underWay.splice(0, count)) bytesUnderWay -= bytes.length;
+  }
+
+  function handleSent(line: Outgoing, isFollowed: boolean): void {
+    lastSent = performance.now();
+    if (isFollowed) {
+      underWay.push(line);
+      bytesUnderWay += line.bytes.length;
+    } else {
+      sent++;
+      sentCost += costOf(line.bytes);
+    }
+  }
+
+  return {
+    /** Lines that were not sent. */
+    get unsent() {
+      return waiting.length;
+    },
+
+    /** Lines that were sent on this connection and may not have arrived. */
+    get doubtful() {
+      return sent + underWay.length;
+    },
+
+    /** Whether nothing waits to be sent, or must be sent again should the connection be lost. */
+    get isSettled() {
+      return waiting.length === 0 && !underWay.some(isSaid);
+    },
+
+    /** Of all these lines, in short lines. */
+    get cost() {
+      return [...underWay, ...waiting].reduce((sum, { bytes }) => sum + costOf(bytes), sentCost);
+    },
+
+    get lastSent() {
+      return lastSent;
+    },
+
+    /** Adds a line. Resolves when nothing waits any more. */
+    add(text: string): Promise<void> {
+      if (waiting.length === 0) flushed = Promise.withResolvers();
+      const bytes = Buffer.from(`${text}\n`);
+      const isCommand = /^\/(?!\/)/.test(text);
+      waiting.push({ bytes, isSaid: !isCommand && bytes.length <= MAX_MESSAGE + 1 });
+      return flushed.promise;
+    },
+
+    /** Writes what waits, as far as the kernel takes it. A followed server tells what has arrived. */
+    writeTo(socket: Connection, isFollowed: boolean): void {
+      while (bytesUnderWay < MAX_UNDER_WAY) {
+        const [line] = waiting;
+        if (!line) {
+          flushed.resolve();
+          return;
+        }
+        taken += Math.max(0, socket.write(line.bytes.subarray(taken)));
+        if (taken < line.bytes.length) return;
+        waiting.shift();
+        taken = 0;
+        handleSent(line, isFollowed);
+      }
+    },
+
+    /** A line has come back: all before it have arrived as well. */
+    hearEcho(): void {
+      arrive(underWay.findIndex(isSaid) + 1);
+    },
+
+    /** A command was answered, or a line was refused. */
+    hearAnswer(): void {
+      if (underWay[0] && !underWay[0].isSaid) arrive(1);
+    },
+
+    /**
+     * The connection is lost. A line that was cut in two is sent again: half of it was never one.
+     * @returns how many lines are doubtful and will not be sent again
+     */
+    startOver(): number {
+      const said = underWay.filter(isSaid);
+      const lost = sent + underWay.length - said.length;
+      underWay = said;
+      bytesUnderWay = said.reduce((sum, { bytes }) => sum + bytes.length, 0);
+      taken = 0;
+      sent = 0;
+      sentCost = 0;
+      return lost;
+    },
+
+    /** What has not come back did not arrive: it waits again, before all else. */
+    sendAgain(): void {
+      waiting = [...underWay, ...waiting];
+      underWay = [];
+      bytesUnderWay = 0;
+    },
+
+    /** Nobody knows what has arrived, so nothing is sent again. @returns how many lines that are */
+    forget(): number {
+      const { length } = underWay;
+      arrive(length);
+      return length;
+    },
+
+    clear(): void {
+      waiting = [];
+      arrive(underWay.length);
+      taken = 0;
+      sent = 0;
+      sentCost = 0;
+    },
+  };
+}
+
+// --- The history -------------------------------------------------------------------------------
+// A server of ours sends a batch of lines together, and behind it a mark, "* POSITION", to whoever has
+// asked with "/since POSITION" for what came behind that position. It begins its answer with
+//
+//     * Since POSITION until POSITION
+//
+// and says so again wherever something is missing. The first of these says from where on nothing is
+// missing. The second one is the last position before our own arrival: what we have said on an earlier
+// connection comes before the end of the next batch, if it has arrived at all.
+
+const SINCE = /^\* Since (\d{1,16}) until (\d{1,16})$/;
+const MARK = /^\* (\d{1,16})$/;
+const SHUTDOWN = "* The server is shutting down";
+const RECALL_END: Entry = { text: "* ---" };
+const GAP: Entry = { text: "* Some lines are missing here." };
+
+/** What some lines have brought: what was missed, whether we have arrived, and what came then. */
+type News = { missed: Entry[]; hasArrived: boolean; present: Entry[]; lost: number };
+
+/**
+ * Follows a room through all connections to it, so that each line comes once. A line counts when its
+ * mark has come. Our own lines come back, which shows that they have arrived.
+ * @param recall lines to be shown from before we came
+ */
+export function createFollower(outbox: Outbox, recall = 0) {
+  let position = 0; // of the last mark; 0 before the first one
+  let joinedAfter = Infinity; // position of the last batch before our arrival; unknown at first
+  let hasArrived = false;
+  let me = ""; // the name under which what is said is ours; none once that is uncertain
+  let held: Entry[] = []; // lines that have no mark yet, and what was told between them
+  let heldLength = 0; // characters
+  let news: News = { missed: [], hasArrived: false, present: [], lost: 0 };
+
+  function add(...entries: Entry[]): void {
+    if (hasArrived) news.present.push(...entries);
+    else news.missed.push(...entries);
+  }
+
+  /** Whether only we are told a line. It has no mark, and does not come again. */
+  function isTold({ from, to, did, renamed, text, isRecalled }: Entry): boolean {
+    const isHeard = (from && !to) || did || renamed || text === SHUTDOWN;
+    return !isHeard || isRecalled === true;
+  }
+
+  function hearTold(entry: Entry, name: string): void {
+    const { from, isRecalled } = entry;
+    if (from === undefined || from === name || isRecalled) outbox.hearAnswer();
+    add(entry);
+  }
+
+  function hold(entry: Entry): void {
+    held.push(entry);
+    heldLength += entry.text.length;
+  }
+
+  function takeHeld(): Entry[] {
+    const entries = held;
+    held = [];
+    heldLength = 0;
+    return entries;
+  }
+
+  /** What was held has no mark and comes again, except what we were told. */
+  function dropHeld(name: string): void {
+    for (const entry of takeHeld().filter(isTold)) hearTold(entry, name);
+  }
+
+  /** All between the last mark and this position is missing, unless they are the same. */
+  function takeSince(from: number, until: number, name: string): void {
+    const isFirst = position === 0;
+    const isHeader = joinedAfter === Infinity;
+    const isGap = isHeader ? !isFirst && from !== position : true;
+    dropHeld(name);
+    position = from;
+    joinedAfter = until;
+    if (isHeader && isFirst && news.missed.length > 0) add(RECALL_END);
+    if (isGap) {
+      me = "";
+      news.lost += outbox.forget();
+      add(GAP);
+    }
+    if (position > joinedAfter) arrive(name);
+  }
+
+  function takeMark(at: number, name: string): void {
+    const batch = takeHeld();
+    const isArrival = !hasArrived && at > joinedAfter;
+    const isOwn = ({ did, who = "" }: Entry) => did === "joined" && isSameName(who, name);
+    const arrival = isArrival ? batch.findLast(isOwn) : undefined;
+
+    position = at;
+    for (const entry of batch) {
+      if (entry === arrival) arrive(entry.who ?? name);
+      else if (isTold(entry)) hearTold(entry, name);
+      else hear(hasArrived ? entry : { ...entry, at: at / 1000 });
+    }
+    if (isArrival && !hasArrived) arrive(name);
+  }
+
+  /** A line of the room. Until we arrive it may be of an earlier connection of ours, or of a namesake. */
+  function hear(entry: Entry): void {
+    const { from, who, did, renamed } = entry;
+    if (me && from === me) {
+      outbox.hearEcho();
+      return;
+    }
+
+    if (me && who === me && renamed) {
+      outbox.hearAnswer();
+      me = renamed;
+    } else if (me && (renamed === me || (did && who === me))) {
+      me = "";
+    }
+    add(entry);
+  }
+
+  function arrive(name: string): void {
+    if (hasArrived) return;
+    hasArrived = true;
+    news.hasArrived = true;
+    me = name;
+    outbox.sendAgain();
+  }
+
+  return {
+    /** Begins to follow on a new connection. @returns what to send */
+    begin(): string {
+      joinedAfter = Infinity;
+      hasArrived = false;
+      held = [];
+      heldLength = 0;
+      const recalled = recall > 0 ? ` -${recall}` : "";
+      return `/since${position > 0 ? ` ${position}` : recalled}\n`;
+    },
+
+    /** Takes lines as they come. `name` is ours on this connection. @returns what is to be shown */
+    take(lines: string[], name: string): News {
+      news = { missed: [], hasArrived: false, present: [], lost: 0 };
+      for (const line of lines) {
+        const [, from, until] = SINCE.exec(line) ?? [];
+        const [, mark] = MARK.exec(line) ?? [];
+        const entry = classify(line);
+        if (from !== undefined) takeSince(Number(from), Number(until), name);
+        else if (mark !== undefined) takeMark(Number(mark), name);
+        else if (held.length === 0 && isTold(entry)) hearTold(entry, name);
+        else hold(entry);
+        if (heldLength > MAX_HELD) takeMark(position, name); // no server of ours does this
+      }
+      return news;
+    },
+
+    /** The connection is gone. @returns what we were told at last */
+    lose(name: string): Entry[] {
+      news = { missed: [], hasArrived: false, present: [], lost: 0 };
+      dropHeld(name);
+      return [...news.missed, ...news.present];
+    },
+
+    /** We leave, and nothing comes again. @returns the last lines, which have no mark */
+    finish(): Entry[] {
+      return takeHeld().filter(({ from }) => !from || from !== me);
+    },
+  };
 }
 
 // --- The connection ----------------------------------------------------------------------------
-
-type Connection = Bun.Socket<undefined>;
 
 /** Where the connection is. Each state holds just what exists while it lasts. */
 type State =
@@ -371,19 +711,25 @@ type State =
   | { at: "greeting" | "entering"; socket: Connection; timer: Timer; heard: string[] }
   // Greeted, with no name given yet; or in the room.
   | { at: "lobby" | "joined"; socket: Connection }
-  | { at: "leaving"; socket: Connection; timer: Timer; left: PromiseWithResolvers<Farewell> };
+  // In the room, but first comes what was missed, and then the roster.
+  | { at: "catchingUp"; socket: Connection; timer: Timer; roster: Entry }
+  // What was said must arrive. Then our FIN goes out, and the server closes.
+  | { at: "leaving"; socket: Connection; timer: Timer };
 
 /** What the person wants, which decides what the end of a connection means. */
-type Goal = "enter" | "stay";
+type Goal = "enter" | "stay" | "leave";
 
 /** What comes of leaving: lines that were not sent, and whether all others have arrived. */
 type Farewell = { unsent: number; isComplete: boolean };
 
 type Room = ReturnType<typeof receiveMessages>;
 
-const OUR_GREETING = /^Welcome to (?:the chat|bun-chat)! What is your name\?$/;
+const OUR_GREETING = "Welcome to bun-chat! What is your name?";
+const OLD_GREETING = "Welcome to the chat! What is your name?"; // of our servers without a history
 const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
 const LOST = "Connection lost.";
+const SAID_IN_DOUBT = "What you said last may not have arrived.";
+const ASKED_IN_DOUBT = "What you asked for last may not have arrived.";
 const RECENT = 10_000; // ms; older lines are taken to have arrived
 
 const PROBLEMS: readonly { code: RegExp; advice: string }[] = [
@@ -415,77 +761,12 @@ function formatEndpoint(host: string, port: number): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
 }
 
-/** A room takes a long line more slowly, ours one of 4096 bytes like nine short ones. */
-function costOf({ length }: Uint8Array): number {
-  return 1 + Math.floor(length / 512);
-}
-
-/** Lines that wait to be sent, and what is known of those that were. */
-function createOutbox() {
-  const lines: Uint8Array[] = [];
-  let taken = 0; // bytes of the first of them that the kernel has
-  let flushed = Promise.withResolvers<void>();
-  let sent = 0; // lines, on this connection
-  let cost = 0; // of these and those that wait, in short lines
-  let lastSent = -Infinity; // ms
-
-  return {
-    get unsent() {
-      return lines.length;
-    },
-    get sent() {
-      return sent;
-    },
-    get cost() {
-      return cost;
-    },
-    get lastSent() {
-      return lastSent;
-    },
-
-    /** Adds a line. Resolves when nothing waits any more. */
-    add(text: string): Promise<void> {
-      if (lines.length === 0) flushed = Promise.withResolvers();
-      const line = Buffer.from(`${text}\n`);
-      lines.push(line);
-      cost += costOf(line);
-      return flushed.promise;
-    },
-
-    /** Writes what waits, as far as the kernel takes it. @returns whether all is sent */
-    writeTo(socket: Connection): boolean {
-      let [line] = lines;
-      while (line) {
-        taken += Math.max(0, socket.write(line.subarray(taken)));
-        if (taken < line.length) return false;
-        lines.shift();
-        taken = 0;
-        sent++;
-        lastSent = performance.now();
-        [line] = lines;
-      }
-      flushed.resolve();
-      return true;
-    },
-
-    /** For another connection. A line that was cut in two is sent again: half of it was never one. */
-    startOver(): void {
-      taken = 0;
-      sent = 0;
-      cost = lines.reduce((sum, line) => sum + costOf(line), 0);
-    },
-
-    clear(): void {
-      lines.length = 0;
-    },
-  };
-}
-
 /**
  * Gets into a room and shows on `screen` what comes from there. When the connection is lost in the
  * room, makes it anew under the same name, until you leave.
+ * @param recall lines to be shown from before you came
  */
-export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
+export function receiveMessages({ host, port, tls }: Address, screen: Screen, recall = 0) {
   const unreachable = `Could not connect to ${formatEndpoint(host, port)}.`;
   let state: State = { at: "offline" };
   let goal: Goal = "enter";
@@ -493,11 +774,14 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
   let tries = 0; // to get back
   let split = splitLines(MAX_LINE);
   let entered = Promise.withResolvers<{ refused?: string }>();
+  let left = Promise.withResolvers<Farewell>();
 
   const outbox = createOutbox();
+  let follower = createFollower(outbox, recall);
+  let isFollowed = false; // whether the server of this connection keeps a history
   let lastHeard = -Infinity; // ms
   let isPaused = false; // until our output is read
-  let isComplete = true; // false once a connection on which lines were sent is lost
+  let isComplete = true; // false once lines may be lost
 
   const handlers: Bun.SocketHandler<undefined> = {
     open: handleOpen,
@@ -542,10 +826,10 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
     lastHeard = performance.now();
     const lines = split(chunk);
 
-    if (state.at === "leaving" || state.at === "entering") state.timer.refresh();
+    if ("timer" in state && state.at !== "greeting") state.timer.refresh();
     if (state.at === "greeting") hearGreeting(lines);
     else if (state.at === "entering") hearAnswer(lines);
-    else if (state.at !== "lobby") showLines(lines);
+    else if (state.at !== "lobby") hearRoom(lines);
   }
 
   function hearGreeting(lines: string[]): void {
@@ -571,8 +855,9 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
   function enterLobby(greeting: string): void {
     if (state.at !== "greeting") return;
     const { socket } = state;
-    const isUnfamiliar = goal === "enter" && !OUR_GREETING.test(greeting);
-    if (isUnfamiliar && screen.isPerson) screen.notice(greeting);
+    isFollowed = greeting === OUR_GREETING;
+    const isFamiliar = isFollowed || greeting === OLD_GREETING;
+    if (goal === "enter" && !isFamiliar && screen.isPerson) screen.notice(greeting);
     change({ at: "lobby", socket });
     if (name) introduce(socket);
     else entered.resolve({});
@@ -595,33 +880,78 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
 
   function enterRoom([answer = "", ...others]: string[]): void {
     if (state.at !== "entering") return;
-    change({ at: "joined", socket: state.socket });
-    goal = "stay";
-    tries = 0;
+    const { socket } = state;
+    if (goal === "enter") goal = "stay";
 
     const entry = classify(answer);
     const roster = entry.roster ?? /^\*[^:]*:(.*)/.exec(answer)?.[1]; // in whatever words
-    if (roster === undefined || entry.from) {
-      showLines([answer, ...others]);
+    if (isFollowed) {
+      const timer = setTimeout(failSilent, PACE.lastWords);
+      change({ at: "catchingUp", socket, timer, roster: entry });
+      ask(socket, follower.begin());
+      hearRoom(others);
+    } else if (roster === undefined || entry.from) {
+      stay(socket);
+      hearRoom([answer, ...others]);
     } else {
+      stay(socket);
       screen.showRoster({ text: answer, roster });
-      showLines(others);
+      hearRoom(others);
     }
+  }
+
+  function ask(socket: Connection, question: string): void {
+    const bytes = Buffer.from(question);
+    if (socket.write(bytes) !== bytes.length) fail(LOST);
+  }
+
+  /** We are in the room, with all that was missed. What waits can be sent. */
+  function stay(socket: Connection): void {
+    if (goal === "leave") change({ at: "leaving", socket, timer: waitForLastWords() });
+    else change({ at: "joined", socket });
+    tries = 0;
     entered.resolve({});
     flush();
   }
 
-  function showLines(lines: string[]): void {
-    const entries = lines.map(classify);
+  function hearRoom(lines: string[]): void {
+    if (!isFollowed) {
+      show(lines.map(classify));
+      return;
+    }
+
+    const { missed, hasArrived, present, lost } = follower.take(lines, name);
+    showMissed(missed);
+    if (lost > 0) doubt(SAID_IN_DOUBT);
+    if (hasArrived && state.at === "catchingUp") {
+      screen.showRoster(state.roster);
+      stay(state.socket);
+    }
+    show(present);
+    flush(); // what has come back makes room for more, or was the last to be waited for
+  }
+
+  /** A person is told at once, a tool by its exit code. */
+  function doubt(words: string): void {
+    if (screen.isPerson) screen.notice(words);
+    else isComplete = false;
+  }
+
+  function show(entries: Entry[]): void {
     for (const { who, renamed } of entries) if (renamed && who === name) name = copyOf(renamed);
-    if (screen.show(entries, name) || !("socket" in state)) return;
+    showMissed(entries);
+  }
+
+  /** Shows what comes from the room, and reads no more before it is taken. */
+  function showMissed(entries: Entry[]): void {
+    if (entries.length === 0 || screen.show(entries, name) || !("socket" in state)) return;
 
     const { socket } = state;
     isPaused = true;
     socket.pause();
     screen.whenTaken(() => {
       isPaused = false;
-      if (state.at === "leaving") state.timer.refresh();
+      if (state.at === "leaving" || state.at === "catchingUp") state.timer.refresh();
       socket.resume();
     });
   }
@@ -629,8 +959,8 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
   /** Sends what waits, and then our FIN when leaving. */
   function flush(): void {
     if (state.at !== "joined" && state.at !== "leaving") return;
-    const isSent = outbox.writeTo(state.socket);
-    if (isSent && state.at === "leaving") state.socket.shutdown();
+    outbox.writeTo(state.socket, isFollowed);
+    if (state.at === "leaving" && outbox.isSettled) state.socket.shutdown();
   }
 
   function handleClose(socket: Connection, error?: Error): void {
@@ -646,26 +976,36 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
       case "entering":
         refuse(allWords || NO_REASON);
         break;
-      case "joined": {
-        showLines(lastWords);
-        if (outbox.sent > 0 && !screen.isPerson) isComplete = false; // a person is told at once
-        const isDoubtful = outbox.sent > 0 && outbox.lastSent > lastHeard - RECENT;
-        outbox.startOver();
-        fail(isDoubtful ? `${LOST} What you said last may not have arrived.` : LOST);
-        break;
-      }
       case "leaving":
-        showLines(lastWords);
+        if (isFollowed && !outbox.isSettled) {
+          startOver(lastWords);
+          break;
+        }
+        show(isFollowed ? follower.finish() : lastWords.map(classify));
         finishLeaving(error === undefined);
+        break;
+      case "joined":
+      case "catchingUp":
+        startOver(lastWords);
         break;
       default:
         change({ at: "offline" });
     }
   }
 
+  /** The connection is lost. What is not known to have arrived is sent again, or its loss told. */
+  function startOver(lastWords: string[]): void {
+    show(isFollowed ? follower.lose(name) : lastWords.map(classify));
+    const lost = outbox.startOver();
+    const isRecent = isFollowed || outbox.lastSent > lastHeard - RECENT;
+    if (lost > 0 && !screen.isPerson) isComplete = false; // a person is told at once
+    const inDoubt = isFollowed ? ASKED_IN_DOUBT : SAID_IN_DOUBT;
+    fail(lost > 0 && isRecent ? `${LOST} ${inDoubt}` : LOST);
+  }
+
   function refuse(refused: string): void {
     // A name that is refused now was ours a moment ago: the server has not noticed that we were gone.
-    if (goal === "stay") {
+    if (goal !== "enter") {
       fail(refused);
       return;
     }
@@ -679,6 +1019,10 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
   }
 
   function failSilent(): void {
+    if (isPaused && "timer" in state) {
+      state.timer.refresh(); // it is we who do not listen, because nobody reads our output
+      return;
+    }
     const lines = state.at === "entering" ? split() : [];
     if (lines.length > 0) hearAnswer(lines);
     else fail(`${unreachable} It says nothing.${tls ? "" : " Try --tls."}`);
@@ -702,22 +1046,24 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
     socket?.end();
   }
 
-  /** The server has been silent for long, unless we do not listen, because nobody reads our output. */
+  function waitForLastWords(): Timer {
+    return setTimeout(giveUp, PACE.lastWords + outbox.cost * PACE.perLine);
+  }
+
+  /** The server has been silent for long, unless we do not listen. */
   function giveUp(): void {
-    if (state.at === "leaving" && isPaused) state.timer.refresh();
+    if (isPaused && state.at === "leaving") state.timer.refresh();
     else finishLeaving(false);
   }
 
-  /** All lines have arrived only if the server closes in good order after our FIN. */
+  /** All lines have arrived if they came back, or the server closes in good order after our FIN. */
   function finishLeaving(isOrderly: boolean): Farewell {
-    const before = state;
     hangUp();
-    const { unsent, sent } = outbox;
-    const farewell = { unsent, isComplete: isComplete && (isOrderly || sent === 0) };
+    const { unsent, doubtful } = outbox;
+    const farewell = { unsent, isComplete: isComplete && (isOrderly || doubtful === 0) };
     outbox.clear();
-    outbox.startOver();
     isComplete = true;
-    if (before.at === "leaving") before.left.resolve(farewell);
+    left.resolve(farewell);
     return farewell;
   }
 
@@ -730,6 +1076,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
       name = wanted.normalize("NFKC");
       goal = "enter";
       entered = Promise.withResolvers();
+      follower = createFollower(outbox, recall);
       if (state.at === "lobby") introduce(state.socket);
       else connect();
       return entered.promise;
@@ -742,14 +1089,18 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen) {
       return sent;
     },
 
-    /** Sends what waits, half-closes, reads until the server closes. Called again, waits no more. */
+    /**
+     * Sends what waits, half-closes, reads until the server closes. A tool gets back into the room for
+     * it when it has to. Called again, waits no more.
+     */
     leave(): Promise<Farewell> {
-      if (state.at !== "joined") return Promise.resolve(finishLeaving(false));
+      const isIn = state.at === "joined" || state.at === "catchingUp";
+      const isNeeded = isIn || (!screen.isPerson && !outbox.isSettled);
+      if (goal === "leave" || !isNeeded) return Promise.resolve(finishLeaving(false));
 
-      const timer = setTimeout(giveUp, PACE.lastWords + outbox.cost * PACE.perLine);
-      const left = Promise.withResolvers<Farewell>();
-      change({ at: "leaving", socket: state.socket, timer, left });
-      flush();
+      goal = "leave";
+      left = Promise.withResolvers();
+      if (state.at === "joined") stay(state.socket); // on the way out
       return left.promise;
     },
   };
@@ -1177,10 +1528,11 @@ function createView(display: Display, bell: string) {
   }
 
   /** Adds somebody to the crowd. Returns the line of the crowd before, if that did something else. */
-  function joinCrowd({ who = "", did = "", text }: Entry): string {
+  function joinCrowd(entry: Entry): string {
+    const { who = "", did = "" } = entry;
     const before = crowd?.did === did ? "" : takeCrowd();
     if (!crowd) {
-      crowd = { did, names: [], count: 0, text };
+      crowd = { did, names: [], count: 0, first: entry };
       crowdTimer = setTimeout(printLines, PACE.crowd, "");
     }
     crowd.count++;
@@ -1200,8 +1552,10 @@ function createView(display: Display, bell: string) {
       const { columns } = size();
       let lines = "";
       for (const entry of entries) {
-        remember(people, entry);
-        followRename(entry);
+        if (!entry.isRecalled) {
+          remember(people, entry);
+          followRename(entry);
+        }
         if (!isShown(entry)) continue;
         if (entry.did) lines += joinCrowd(entry);
         else lines += takeCrowd() + layOutEntry(entry, reader, columns, bell);
@@ -1427,7 +1781,9 @@ function openPipe(): Screen {
   const lines = readPipe();
   // A terminal would break long lines itself, at the left, where real lines begin.
   function layOutPlain(entry: Entry): string {
-    return stdout.isTTY ? layOutEntry(entry, "", size().columns, "") : `${entry.text}\n`;
+    if (stdout.isTTY) return layOutEntry(entry, "", size().columns, "");
+    const { text, isRecalled, at = 0 } = entry;
+    return isRecalled ? `* ${formatDate(at)} ${text}\n` : `${text}\n`;
   }
 
   function show(entries: Entry[]): void {
@@ -1614,6 +1970,7 @@ Talk to everybody in a room, from your terminal.
   --name NAME     join as NAME at once, without the menu
   --tls           encrypt; the certificate must be good for HOST
   --ca FILE       the same, for a certificate that this PEM file vouches for
+  --history N     first show the last N lines, up to ${MAX_RECALL} (${DEFAULTS.recall}; in a pipe 0)
   --bell          ring when somebody mentions you or writes to you alone
   --help          show this text
   --version       show the version
@@ -1639,10 +1996,11 @@ function messageOf(error: unknown): string {
 
 /** The program: menu or pipe, join, talk, leave, and every way out. */
 export async function main(): Promise<void> {
-  const { name, bell, ...address } = readOptions();
+  const { name, bell, history, ...address } = readOptions();
   const isPerson = stdin.isTTY && stdout.isTTY;
   const screen = isPerson ? openTerminal(bell ? "\x07" : "") : openPipe();
-  const room = receiveMessages(address, screen);
+  const recall = history ?? (isPerson ? DEFAULTS.recall : 0);
+  const room = receiveMessages(address, screen, recall);
 
   function finish(exitCode: number, words = ""): void {
     screen.close();
@@ -1687,14 +2045,22 @@ export async function main(): Promise<void> {
 /** The options that were typed. Shows the help or the version, and ends, when they ask for it. */
 function readOptions() {
   try {
-    const { help, version, host = DEFAULTS.host, port, name = "", tls, ca, bell } = parseOptions();
+    const { help, version, history, port, tls, ca, ...options } = parseOptions();
     if (help || version) {
       console.log(help ? USAGE : `bun-chat ${VERSION}`);
       process.exit(0);
     }
 
     const trust = ca === undefined ? (tls ?? false) : { ca: readAuthority(ca) };
-    return { host, port: readPort(port), name, bell, tls: trust };
+    const { host = DEFAULTS.host, name = "", bell } = options;
+    return {
+      host,
+      port: readNumber("port", port, 1, 65_535) ?? DEFAULTS.port,
+      name,
+      bell,
+      history: readNumber("history", history, 0, MAX_RECALL),
+      tls: trust,
+    };
   } catch (error) {
     const isUsage = error instanceof TypeError;
     const [what] = messageOf(error).split(/\. |\.\n/);
@@ -1712,6 +2078,7 @@ function parseOptions() {
       name: { type: "string" },
       tls: { type: "boolean" },
       ca: { type: "string" },
+      history: { type: "string" },
       bell: { type: "boolean" },
       help: { type: "boolean" },
       version: { type: "boolean" },
@@ -1719,10 +2086,13 @@ function parseOptions() {
   }).values;
 }
 
-function readPort(text = `${DEFAULTS.port}`): number {
-  const port = /^\d+$/.test(text) ? Number(text) : NaN;
-  if (port >= 1 && port <= 65_535) return port;
-  throw new TypeError(`--port takes a number from 1 to 65535, not ${JSON.stringify(text)}`);
+function readNumber(name: string, text: string | undefined, least: number, most: number) {
+  if (text === undefined) return undefined;
+  const number = /^\d+$/.test(text) ? Number(text) : NaN;
+  if (number >= least && number <= most) return number;
+  throw new TypeError(
+    `--${name} takes a number from ${least} to ${most}, not ${JSON.stringify(text)}`,
+  );
 }
 
 /** The certificates in a PEM file. @throws when it cannot be read, or holds none */
