@@ -402,8 +402,11 @@ function costOf({ length }: Uint8Array): number {
   return 1 + Math.floor(length / 512);
 }
 
-/** A line on its way. What is said comes back from a server of ours, a command has an answer. */
-type Outgoing = { bytes: Uint8Array; isSaid: boolean };
+/**
+ * A line on its way. From a server of ours, what is said comes back, and a command has an answer. A new
+ * name has to be answered before anything follows: under which name would it come back otherwise?
+ */
+type Outgoing = { bytes: Uint8Array; is: "said" | "asked" | "renaming" };
 
 export type Outbox = ReturnType<typeof createOutbox>;
 
@@ -418,7 +421,7 @@ export function createOutbox() {
   let sentCost = 0; // of these, in short lines
   let lastSent = -Infinity; // ms
 
-  const isSaid = (line: Outgoing) => line.isSaid;
+  const isSaid = (line: Outgoing) => line.is === "said";
 
   /** Takes the first lines off that are under way. */
   function arrive(count: number): void {
@@ -466,13 +469,15 @@ export function createOutbox() {
       if (waiting.length === 0) flushed = Promise.withResolvers();
       const bytes = Buffer.from(`${text}\n`);
       const isCommand = /^\/(?!\/)/.test(text);
-      waiting.push({ bytes, isSaid: !isCommand && bytes.length <= MAX_MESSAGE + 1 });
+      if (/^\/nick\s/i.test(text)) waiting.push({ bytes, is: "renaming" });
+      else if (isCommand || bytes.length > MAX_MESSAGE + 1) waiting.push({ bytes, is: "asked" });
+      else waiting.push({ bytes, is: "said" });
       return flushed.promise;
     },
 
     /** Writes what waits, as far as the kernel takes it. A followed server tells what has arrived. */
     writeTo(socket: Connection, isFollowed: boolean): void {
-      while (bytesUnderWay < MAX_UNDER_WAY) {
+      while (bytesUnderWay < MAX_UNDER_WAY && underWay.at(-1)?.is !== "renaming") {
         const [line] = waiting;
         if (!line) {
           flushed.resolve();
@@ -493,7 +498,8 @@ export function createOutbox() {
 
     /** A command was answered, or a line was refused. */
     hearAnswer(): void {
-      if (underWay[0] && !underWay[0].isSaid) arrive(1);
+      const [first] = underWay;
+      if (first && !isSaid(first)) arrive(1);
     },
 
     /**
