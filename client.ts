@@ -608,11 +608,12 @@ export function createFollower(outbox: Outbox, recall = 0) {
     for (const entry of takeHeld().filter(isTold)) hearTold(entry, name);
   }
 
-  /** All between the last mark and this position is missing, unless they are the same. */
+  /** Something is missing unless this is where we were, and in a history that knows of us. */
   function takeSince(from: number, until: number, name: string): void {
     const isFirst = position === 0;
     const isHeader = joinedAfter === Infinity;
-    const isGap = isHeader ? !isFirst && from !== position : true;
+    const isContinued = isFirst || (from === position && position <= until);
+    const isGap = !isHeader || !isContinued;
     dropHeld(name);
     position = from;
     joinedAfter = until;
