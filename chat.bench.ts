@@ -12,8 +12,8 @@
  * machine. The benchmark fails when a line is missing or doubled.
  */
 
-import { existsSync, readdirSync, readFileSync } from "node:fs";
-import { cpus, release, type } from "node:os";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { cpus, release, tmpdir, type } from "node:os";
 import { parseArgs } from "node:util";
 import type { Socket, SocketHandler, Subprocess } from "bun";
 
@@ -63,6 +63,8 @@ async function naiveRoom(port: number): Promise<void> {
 
 const HOST = "127.0.0.1";
 const OURS = "bun-chat";
+const OURS_IN_A_FILE = "bun-chat --db";
+const FOLDER = mkdtempSync(`${tmpdir()}/bun-chat-bench-`); // for histories in files
 const BUDGET_CHAT = {
   join: "{name}\n",
   joined: /^.*\n.*\n/, // the greeting and the roster
@@ -71,6 +73,11 @@ const BUDGET_CHAT = {
 };
 const CONTENDERS: Contender[] = [
   { name: OURS, command: "{bun} {server} --quiet --rate 0 --port {port}", ...BUDGET_CHAT },
+  {
+    name: OURS_IN_A_FILE,
+    command: "{bun} {server} --quiet --rate 0 --port {port} --db {history}",
+    ...BUDGET_CHAT,
+  },
   { name: "naive, Bun", command: "{bun} -e {naive}", ...BUDGET_CHAT },
   { name: "naive, Node", command: "node -e {naive}", ...BUDGET_CHAT },
   {
@@ -108,10 +115,13 @@ function commandLine({ command }: Contender, port: number): string[] {
     ["{bun}", process.execPath],
     ["{server}", `${import.meta.dir}/server.ts`],
     ["{naive}", `(${naiveRoom})(${port})`],
+    ["{history}", `${FOLDER}/${port}.sqlite`],
   ]);
   const words = command.trim().split(/\s+/);
   return words.map((word) => values.get(word) ?? word.replace("{port}", `${port}`));
 }
+
+const isOurs = ({ name }: Contender) => name === OURS || name === OURS_IN_A_FILE;
 
 const isInstalled = (contender: Contender) =>
   Bun.which(commandLine(contender, 0)[0] ?? "") !== null;
@@ -312,7 +322,7 @@ function fill(room: Room, count: number, atATime: number, patience?: number) {
 
 /** Waits until all has come that is to come, and no more. Returns when that was. */
 async function settle(room: Room, isComplete: () => boolean, patience = SCALE.patience) {
-  const deadline = performance.now() + patience * (room.contender.name === OURS ? 10 : 1);
+  const deadline = performance.now() + patience * (isOurs(room.contender) ? 10 : 1);
   for (; !isComplete(); await Bun.sleep(1)) {
     if (performance.now() < deadline) continue;
     const before = usage(room);
@@ -533,7 +543,7 @@ const WORKLOADS: Workload[] = [
 function attempt<T>(what: string, room: Room, run: () => Promise<T>): Promise<T | undefined> {
   progress(`${what}: ${room.contender.name}`);
   return run().catch((error) => {
-    if (error !== TOO_SLOW || room.contender.name === OURS) fail(room, error.message);
+    if (error !== TOO_SLOW || isOurs(room.contender)) fail(room, error.message);
     stop(room);
     return undefined;
   });
@@ -590,6 +600,7 @@ async function main(): Promise<void> {
   process.on("exit", () => {
     progress("");
     running.forEach(kill);
+    rmSync(FOLDER, { recursive: true, force: true });
   });
   for (const signal of ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"])
     process.on(signal, (_, number) => process.exit(128 + number));
