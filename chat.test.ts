@@ -25,10 +25,12 @@
  *   9. The server program
  *  10. The client in a terminal
  *  11. The client in a pipe
- *  12. TLS
- *  13. Faults
+ *  12. The client and the history
+ *  13. TLS
+ *  14. Faults
  */
 
+import { Database } from "bun:sqlite";
 import { afterAll, afterEach, beforeEach, describe, expect, jest, mock, test } from "bun:test";
 import { once } from "node:events";
 import fs from "node:fs";
@@ -40,6 +42,8 @@ import {
   cleanText as cleanTextOfClient,
   complete,
   createEditor,
+  createFollower,
+  createOutbox,
   cutRows,
   PACE,
   receiveMessages,
@@ -47,6 +51,7 @@ import {
   splitLines,
   wrapText,
 } from "./client.ts";
+import type { Entry } from "./client.ts";
 import type { RoomEvent, ServerOptions } from "./server.ts";
 
 // --- 1. An example -----------------------------------------------------------------------------
@@ -575,6 +580,33 @@ async function serveBy(command: string[]) {
   const program = inPipe(command);
   const [, port] = await program.out.until(/Server is running on 127\.0\.0\.1:(\d+), waiting for/);
   return { ...program, port: Number(port), pid: program.child.pid };
+}
+
+/** The connection of a client in this process, and all that it shows. It tries again at once. */
+function inProcess(port: number, recall = 0) {
+  const shown = new Transcript();
+  const notices = new Transcript();
+  const screen = {
+    isPerson: false,
+    ask: async () => undefined,
+    waiting: () => 0,
+    show(entries: readonly Entry[]) {
+      shown.add(toText(entries.map(({ text }) => text)));
+      return true;
+    },
+    showRoster: ({ text }: Entry) => shown.add(`${text}\n`),
+    notice: (text: string) => notices.add(`${text}\n`),
+    whenTaken() {},
+    showOwn() {},
+    print() {},
+    ignore() {},
+    close() {},
+  };
+  PACE.retry = 1;
+  cleanups.push(() => (PACE.retry = 1000));
+  const room = receiveMessages({ host: "127.0.0.1", port, tls: false }, screen, recall);
+  cleanups.push(() => room.leave());
+  return { room, shown, notices };
 }
 
 /** The command for `bun client.ts`. */
@@ -3097,17 +3129,6 @@ describe("the client in a pipe", () => {
     expect(await alex.result()).toEqual({ code: 1, out: roster, err: LOST });
   });
 
-  test("fails with a word when the server is killed while lines wait there", async () => {
-    const server = await serve("--rate", "10");
-    const alex = inPipe(client(server.port, "--name", "Alex"));
-    const connection = RegExp(` 0100007F:${server.port.toString(16).toUpperCase()} 0[45] `);
-    alex.end(toText(times(1000, (number) => `${number} ${"x".repeat(1500)}`))); // more than a chunk
-    // The client has sent its end when its connection is in the state FIN_WAIT1 or FIN_WAIT2.
-    while (!connection.test(fs.readFileSync("/proc/net/tcp", "latin1"))) await turns(1);
-    server.child.kill("SIGKILL");
-    expect(await alex.result()).toMatchObject({ code: 1, err: LOST });
-  });
-
   test("says why it cannot join", async () => {
     const SILENT = "Could not connect to ADDRESS. It says nothing. Try --tls.";
     const cases: [Habits, string][] = [
@@ -3149,22 +3170,7 @@ describe("the client in a pipe", () => {
   test("sends a line again, whole, of which a lost connection took a part", async () => {
     const habits = { stopsReading: true };
     const server = budgetChat(habits);
-    const screen = {
-      isPerson: false,
-      ask: async () => undefined,
-      waiting: () => 0,
-      show: () => true,
-      showRoster() {},
-      notice() {},
-      whenTaken() {},
-      showOwn() {},
-      print() {},
-      ignore() {},
-      close() {},
-    };
-    PACE.retry = 1;
-    cleanups.push(() => (PACE.retry = 1000));
-    const room = receiveMessages({ host: "127.0.0.1", port: server.port, tls: false }, screen);
+    const { room } = inProcess(server.port);
     await room.join("Alex");
     await server.heard.until("joined: Alex\n");
     const long = "x".repeat(1_000_000);
@@ -3282,7 +3288,397 @@ describe("the client under TLS", () => {
   });
 });
 
-// --- 12. TLS -----------------------------------------------------------------------------------
+// --- 12. The client and the history -------------------------------------------------------------
+
+/** A file for a history, in a folder of its own that is removed after the test. */
+function historyFile(): string {
+  const folder = fs.mkdtempSync(`${tmpdir()}/bun-chat-`);
+  cleanups.push(() => fs.rmSync(folder, { recursive: true }));
+  return `${folder}/chat.sqlite`;
+}
+
+describe("a follower", () => {
+  /** A follower called alice that has arrived, and has read everything up to position 10. */
+  function arrived() {
+    const outbox = createOutbox();
+    const follower = createFollower(outbox);
+    const sent: string[] = [];
+    const socket = {
+      write(bytes: Uint8Array) {
+        sent.push(Buffer.from(bytes).toString());
+        return bytes.length;
+      },
+    } as unknown as Socket<undefined>;
+
+    follower.begin();
+    follower.take(["* Since 9 until 9", "* alice has joined the chat", "* 10"], "alice");
+
+    return {
+      outbox,
+      follower,
+      say(...lines: string[]) {
+        for (const line of lines) void outbox.add(line);
+        outbox.writeTo(socket, true);
+        return sent.splice(0).join("");
+      },
+      /** What is shown of some lines. */
+      hear(...lines: string[]) {
+        const { missed, present } = follower.take(lines, "alice");
+        return [...missed, ...present].map(({ text }) => text);
+      },
+      /** The connection is lost and there is another one. What is shown of the answer to /since? */
+      comeBack(...lines: string[]) {
+        follower.lose("alice");
+        outbox.startOver();
+        expect(follower.begin()).toBe("/since 10\n");
+        const { missed, present, hasArrived, lost } = follower.take(lines, "alice");
+        const shown = [...missed, ...present].map(({ text }) => text);
+        outbox.writeTo(socket, true);
+        return { shown, hasArrived, lost, again: sent.splice(0).join("") };
+      },
+    };
+  }
+
+  const BACK = ["* alice has left the chat", "* alice has joined the chat"];
+
+  test("shows a line when its mark has come, and what it alone is told at once", () => {
+    const alice = arrived();
+    expect(alice.hear("[bob] one", "* bob is now called rob", "[rob] two")).toEqual([]);
+    expect(alice.hear("* 11")).toEqual(["[bob] one", "* bob is now called rob", "[rob] two"]);
+    expect(alice.hear("[bob -> alice] psst")).toEqual(["[bob -> alice] psst"]);
+    expect(alice.hear("[bob] a", "* 1 person is here: bob", "* 12")).toEqual([
+      "[bob] a",
+      "* 1 person is here: bob",
+    ]);
+  });
+
+  test("takes back what has no mark, but not what it was told", () => {
+    const alice = arrived();
+    expect(alice.hear("[bob] one", "[bob -> alice] psst")).toEqual([]);
+    expect(alice.follower.lose("alice")).toEqual([expect.objectContaining({ to: "alice" })]);
+  });
+
+  test("knows by what comes back which of its lines have arrived", () => {
+    const alice = arrived();
+    alice.say("one", "/who", "two", "three");
+    expect(alice.outbox.doubtful).toBe(4);
+    expect(alice.hear("[alice] one", "* 1 person is here: alice", "[alice] two", "* 11")).toEqual([
+      "* 1 person is here: alice",
+    ]);
+    expect([alice.outbox.doubtful, alice.outbox.isSettled]).toEqual([1, false]);
+    alice.hear("[alice] three", "* 12");
+    expect([alice.outbox.doubtful, alice.outbox.isSettled]).toEqual([0, true]);
+  });
+
+  const RETURNS: [
+    name: string,
+    said: string[],
+    answer: string[],
+    again: string,
+    shown: string[],
+  ][] = [
+    ["sends again what did not arrive", ["one", "two"], ["[alice] one"], "two\n", []],
+    ["sends nothing twice", ["one", "two"], ["[alice] one", "[alice] two"], "", []],
+    ["sends no command again", ["/who", "one", "/msg bob x"], [], "one\n", []],
+    [
+      "is not taken in by a namesake",
+      ["one", "two"],
+      ["[alice] one", ...BACK, "[alice] two", "* alice has left the chat"],
+      "two\n",
+      [...BACK, "[alice] two", "* alice has left the chat"],
+    ],
+    [
+      "is not taken in by somebody who takes its name",
+      ["one"],
+      ["* alice has left the chat", "* eve is now called alice", "[alice] one"],
+      "one\n",
+      ["* alice has left the chat", "* eve is now called alice", "[alice] one"],
+    ],
+    [
+      "is not taken in by a namesake after a crash of the server",
+      ["one"],
+      ["* alice has joined the chat", "[alice] one", "* alice has left the chat"],
+      "one\n",
+      ["* alice has joined the chat", "[alice] one", "* alice has left the chat"],
+    ],
+    [
+      "knows itself under the name that it asked for",
+      ["one", "/nick ally"],
+      ["[alice] one", "* alice is now called ally", "* ally has left the chat"],
+      "",
+      ["* alice is now called ally", "* ally has left the chat"],
+    ],
+  ];
+  test.each(RETURNS)("that comes back %s", (_name, said, answer, again, shown) => {
+    const alice = arrived();
+    alice.say(...said);
+    const returned = alice.comeBack(
+      "[bob] has no mark and comes again",
+      "* Since 10 until 20",
+      ...answer,
+      "* 20",
+      "* alice has joined the chat",
+      "* 21",
+    );
+    expect(returned).toEqual({ shown, hasArrived: true, lost: 0, again });
+  });
+
+  test.each([
+    ["from the beginning", "* Since 15 until 20"],
+    ["in the middle", "* Since 10 until 20", "[bob] a", "* 12", "* Since 15 until 20"],
+    ["because it is another history", "* Since 10 until 5"],
+  ] as [string, ...string[]][])(
+    "says that lines are missing %s, and sends nothing that may have arrived",
+    (_, ...answer) => {
+      const alice = arrived();
+      alice.say("one");
+      void alice.outbox.add("two");
+      const arrival = ["[alice] one", "* 20", "* alice has joined the chat", "* 21"];
+      const returned = alice.comeBack(...answer, ...arrival);
+      expect(returned.shown).toContain("* Some lines are missing here.");
+      expect(returned).toMatchObject({ hasArrived: true, lost: 1, again: "two\n" });
+    },
+  );
+
+  test("sends nothing behind a new name before it has an answer", () => {
+    const alice = arrived();
+    expect(alice.say("one", "/nick ally", "two")).toBe("one\n/nick ally\n");
+    alice.hear("[alice] one", "* alice is now called ally", "* 11");
+    expect(alice.say()).toBe("two\n");
+    alice.hear("[ally] two", "* 12");
+    expect(alice.outbox.isSettled).toBe(true);
+
+    expect(alice.say("/nick bob", "three")).toBe("/nick bob\n");
+    alice.hear("* The name bob is taken.");
+    expect(alice.say()).toBe("three\n");
+  });
+
+  test("does not grow when a server sets no marks, or sends nothing back", () => {
+    const alice = arrived();
+    const line = `[bob] ${"x".repeat(100_000)}`;
+    const shown = times(30, () => alice.hear(line).length);
+    expect(Math.max(...shown)).toBeGreaterThan(5);
+    expect(Math.max(...shown)).toBeLessThan(15);
+
+    const text = "x".repeat(4000);
+    for (let count = 0; count < 1000; count++) void alice.outbox.add(text);
+    expect(alice.say().length).toBeLessThan(1.1 * 1024 * 1024);
+  });
+
+  test("recalls lines only when it first comes, before it arrives", () => {
+    const follower = createFollower(createOutbox(), 5);
+    expect(follower.begin()).toBe("/since -5\n");
+    const recalled = "* 1764000000000000 [bob] hi";
+    const lines = [recalled, "* Since 9 until 9", "* alice has joined the chat", "[bob] a", "* 10"];
+    const { missed, present } = follower.take(lines, "alice");
+    expect(missed).toEqual([
+      { text: "[bob] hi", from: "bob", to: undefined, at: 1764000000000, isRecalled: true },
+      { text: "* ---" },
+    ] as Entry[]);
+    expect(present.map(({ text }) => text)).toEqual(["[bob] a"]);
+    expect(follower.begin()).toBe("/since 10\n");
+  });
+});
+
+describe.concurrent("a client that comes later", () => {
+  /** A file in which bob has said three lines, long ago. */
+  async function oldHistory(): Promise<string> {
+    const file = historyFile();
+    await startServer({ port: 0, db: file }).stop();
+    const database = new Database(file);
+    const at = Date.parse("2026-01-02T03:04:00Z") * 1000;
+    const lines = ["* bob has joined the chat", ...numbered(3, "bob")];
+    lines.forEach((line, place) =>
+      database.run("INSERT INTO history VALUES (?, ?)", [at + place, `${line}\n`]),
+    );
+    database.close(true);
+    return file;
+  }
+
+  const TIME = new Date("2026-01-02T03:04:00Z").toLocaleString("sv").slice(0, 16);
+
+  const recalled = (...lines: string[]) => [...lines.map((line) => `${TIME} ${line}`), "* ---"];
+
+  test.each([
+    ["the last lines, with their own times", [], recalled(...numbered(3, "bob"))],
+    ["as many as it wants", ["--history", "1"], recalled("[bob] line 2")],
+    ["none if it wants none", ["--history", "0"], []],
+  ])("is shown, before the roster, %s", async (_, options, rows) => {
+    const server = await serve("--db", await oldHistory(), "--keep", "0");
+    const command = client(server.port, "--name", "Alex", ...options);
+    const alex = inTerminal(command, { env: { NO_COLOR: "" } });
+    await alex.out.until("You: ");
+    const shown = alex
+      .picture()
+      .text.split("\n")
+      .map((row) => row.trimEnd());
+    expect(shown.slice(2, -1)).toEqual([...rows, "* The room contains:"]);
+    const isDim = alex.out.text.includes("\x1b[2m[bob] \x1b[0m\x1b[2mline 2\x1b[0m");
+    expect(isDim).toBe(rows.length > 0);
+  });
+
+  test("in a pipe, none unless it asks for them", async () => {
+    const server = await serve("--db", await oldHistory(), "--keep", "0");
+    const [plain, asking] = [[], ["--history", "2"]].map((more, number) => {
+      const pipe = inPipe(client(server.port, "--name", `Alex${number}`, ...more));
+      pipe.end("");
+      return pipe;
+    });
+    expect((await plain?.result())?.out).not.toContain("bob");
+    const [, ...lines] = numbered(3, "bob").map((line) => `* ${TIME} ${line}\n`);
+    expect((await asking?.result())?.out).toStartWith(
+      `${lines.join("")}* ---\n* The room contains:`,
+    );
+  });
+});
+
+describe("nothing is missed", () => {
+  /** The lines of the people in a text, without their names. */
+  const said = (text: string) =>
+    Array.from(text.matchAll(/^\[[^\]]*\] (.*)$/gm), ([, line = ""]) => line);
+
+  /** All that was said in the room of a file. */
+  function saidIn(file: string): string[] {
+    using database = new Database(file);
+    const rows = database.query<{ text: string }, []>("SELECT text FROM history ORDER BY at").all();
+    return said(rows.map(({ text }) => text).join(""));
+  }
+
+  /** A proxy in front of a port, which cuts each connection after some bytes, until it is calm. */
+  function cutter(port: () => number, random: (limit: number) => number) {
+    type Side = { other?: Socket<Side>; early: Buffer[]; budget: { bytes: number } };
+    const state = { isCalm: true, cuts: 0 };
+
+    function passOn(from: Socket<Side>, chunk: Buffer): void {
+      const { other, early, budget } = from.data;
+      if (!other) {
+        early.push(chunk);
+        return;
+      }
+      const passed = state.isCalm ? chunk : chunk.subarray(0, budget.bytes);
+      budget.bytes -= passed.length;
+      other.write(passed); // short enough for the kernel to take it
+      if (passed.length === chunk.length) return;
+      state.cuts++;
+      const isReset = random(2) === 0;
+      for (const socket of [from, other]) isReset ? socket.terminate() : socket.end();
+    }
+
+    const handlers: Bun.SocketHandler<Side> = {
+      data: (socket, chunk) => passOn(socket, Buffer.from(chunk)),
+      close: (socket) => void socket.data.other?.end(),
+      error() {},
+    };
+    const listener = Bun.listen<Side>({
+      hostname: "127.0.0.1",
+      port: 0,
+      socket: {
+        ...handlers,
+        open(socket) {
+          const budget = { bytes: 60 + random(random(4) > 0 ? 2000 : 20_000) };
+          socket.data = { early: [], budget };
+          const data: Side = { other: socket, early: [], budget };
+          Bun.connect<Side>({ hostname: "127.0.0.1", port: port(), data, socket: handlers }).then(
+            (other) => {
+              socket.data.other = other;
+              for (const chunk of socket.data.early) passOn(socket, chunk);
+            },
+            () => socket.end(),
+          );
+        },
+      },
+    });
+    cleanups.push(() => listener.stop(true));
+    return Object.assign(state, { port: listener.port });
+  }
+
+  test("and nothing is said twice, wherever connections are cut and the server is killed", async () => {
+    const seed = Number(process.env["SEED"] ?? Math.floor(Math.random() * 1e6));
+    const random = randomNumbers(seed);
+    const file = historyFile();
+    const start = (port = "0") => serve("--db", file, "--rate", "0", "--port", port);
+    let server = await start();
+    const proxy = cutter(() => server.port, random);
+
+    const COUNT = 80; // lines of each client
+    const clients = times(4, (number) => ({ number, ...inProcess(proxy.port) }));
+    for (const { room, number } of clients) expect(await room.join(`c${number}`)).toEqual({});
+    proxy.isCalm = false;
+
+    const talking = clients.map(async ({ room, number }) => {
+      for (let line = 0; line < COUNT; line++) {
+        const padding = random(20) === 0 ? "x".repeat(random(1000)) : "";
+        void room.send(`${number}.${line} ${padding}`);
+        if (random(25) === 0) void room.send(`/nick c${number}${"abc"[random(3)]}`);
+        if (random(3) === 0) await Bun.sleep(random(12));
+      }
+    });
+    for (let kill = 0; kill < 2; kill++) {
+      await clients[0]?.notices.until("Connection lost"); // some of them must be under way
+      server.child.kill("SIGKILL");
+      await server.child.exited;
+      server = await start(`${server.port}`);
+    }
+    await Promise.all(talking);
+    proxy.isCalm = true;
+    await Promise.all(
+      clients.map(async ({ shown, room }) => {
+        await shown.when(() => said(shown.text).length >= 3 * COUNT || undefined);
+        expect(await room.leave()).toMatchObject({ unsent: 0 });
+      }),
+    );
+    server.child.kill("SIGTERM");
+    await server.child.exited;
+
+    try {
+      const log = saidIn(file);
+      for (const { number, shown } of clients) {
+        const isOwn = (line: string) => line.startsWith(`${number}.`);
+        const own = log.filter(isOwn).map((line) => line.split(" ")[0]);
+        expect(own).toEqual(times(COUNT, (line) => `${number}.${line}`));
+        expect(said(shown.text)).toEqual(log.filter((line) => !isOwn(line)));
+        expect(shown.text).not.toContain("missing");
+      }
+      expect(proxy.cuts).toBeGreaterThan(3);
+    } catch (error) {
+      console.error(`To see it again: SEED=${seed} bun test -t "nothing is said twice"`);
+      throw error;
+    }
+  });
+
+  test("by a tool whose server is killed while lines wait there, and comes back", async () => {
+    const file = historyFile();
+    const server = await serve("--db", file, "--rate", "30");
+    const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
+    const lines = times(500, (number) => `${number} ${"x".repeat(1000)}`);
+    const listener = await enter(server, "listener");
+    alex.end(toText(lines));
+    await listener.until(`[Alex] ${lines[20]}`);
+    server.child.kill("SIGKILL");
+    await server.child.exited;
+    const again = await serve("--db", file, "--rate", "0", "--port", `${server.port}`);
+    expect(await alex.result()).toMatchObject({ code: 0, err: expect.stringContaining("lost") });
+    again.child.kill("SIGTERM");
+    await again.child.exited;
+    expect(saidIn(file)).toEqual(lines);
+  });
+
+  test("but a room that has forgotten it all says so, and the tool fails", async () => {
+    const server = open();
+    const alex = inProcess(server.port);
+    await alex.room.join("Alex");
+    await server.stop();
+    const again = open({ port: server.port });
+    await alex.shown.until("* Some lines are missing here.\n* The room contains: \n");
+    const bob = await enter(again, "bob");
+    await alex.shown.until("bob has joined");
+    void alex.room.send("hello");
+    await bob.until("[Alex] hello");
+    expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: true });
+  });
+});
+
+// --- 13. TLS -----------------------------------------------------------------------------------
 // What is the same with and without TLS stands in the sections before.
 
 describe("a room with TLS", () => {
@@ -3340,7 +3736,7 @@ describe("a room with TLS", () => {
   });
 });
 
-// --- 13. Faults --------------------------------------------------------------------------------
+// --- 14. Faults --------------------------------------------------------------------------------
 
 /** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
 function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {
