@@ -21,14 +21,14 @@
  * holds up anybody else.
  *
  * From top to bottom: limits, state, the entry (`startServer`), text and names, the room and its
- * events, the life of a client, reading, writing, commands, budgets, shutdown, the program, and what
- * touches the operating system by hand.
+ * events, the life of a client, reading, writing, commands, the history, followers, budgets, shutdown,
+ * the program, and what touches the operating system by hand.
  */
 
 import { dlopen } from "bun:ffi";
 import { Database } from "bun:sqlite";
 import { isUtf8 } from "node:buffer";
-import { closeSync, fstatSync, openSync, readSync } from "node:fs";
+import { closeSync, fstatSync, openSync, readSync, statSync, utimesSync } from "node:fs";
 import { BlockList, isIP } from "node:net";
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -81,17 +81,23 @@ const HISTORY_MEMORY = 4 * MIB; // of a history that is in no file, in bytes
 const CHECK_MEMORY = 64 * KIB; // characters that are stored between two looks at that memory
 const FORGET_AT_ONCE = 64; // batches
 const FORGET_BYTES = 64 * KIB; // of such batches, apart from the last one
-const FORGETTING = 2; // ms a second that may be spent on it
+const FORGETTING = 2; // ms that may be spent on it in one turn
+const FORGET_MORE = 50; // ms until there is more of it
+const FORGET_AGAIN = 60_000; // ms until the next try after it has failed
+const STORE_AGAIN = 1000; // ms until the next try after the history could not be stored
+const OVERWRITE = 60_000; // ms at least until what is forgotten is overwritten in the file as well
+const MAX_SEARCH = 100_000; // batches that are searched for the last lines that were said
 const DAY = 86_400_000; // ms
-const STORE_AGAIN = 1000; // ms until the next try, after the history could not be stored
-const FORGET_AGAIN = 3_600_000; // ms until the next try, after forgetting has failed
+
+// A follower catches up faster than the room can talk, or it never would.
+const REPLAY_RATE = 2 * MIB; // bytes a second
+const BATCH_OVERHEAD = 512; // bytes that a batch counts besides its text
 
 // The price of work, in short lines: see "Budgets".
 const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
 const ANSWER_BYTES_PER_UNIT = 4 * KIB; // of an answer, which only one person gets
 const IGNORED_BYTES_PER_UNIT = 64 * KIB; // of a line that is too long, which nobody gets
-const REPLAY_BYTES_PER_UNIT = 128 * KIB; // of what a follower has missed,
-const REPLAY_BATCHES_PER_UNIT = 500; // and batches of it: it must be faster than the room is
+const HISTORY_BYTES_PER_UNIT = 128 * KIB; // of the history, which is not made anew for each answer
 const COMING_AND_GOING = 4; // everybody hears of both, and the newcomer gets the roster
 const BURST = 10_000; // ms' worth of work that may be done at once
 const NEWCOMER_BURST = 2_000; // the same for a connection that has just come
@@ -172,6 +178,8 @@ class Server {
 
   said: Said[]; // the last lines that people have said, for /history
   saidInBatch = 0; // how many of them are in the batch
+  recallForPeople: Recall | null = null; // answers to /history; null while out of date
+  recallForFollowers: Recall | null = null;
 
   constructor(
     readonly options: ServerOptions,
@@ -230,6 +238,7 @@ class Client {
   following: Following = "no";
   joinedAfter = 0; // position of the last batch before it joined
   replayedUntil = 0; // position of the last batch that it has, or knows to be missing
+  replay: Account = { paidUntil: -Infinity }; // of what it has missed
 
   constructor(
     readonly id: number,
@@ -261,7 +270,7 @@ class Parcel {
 }
 
 /** A part of a client's own batch: bytes of the common batch, or what only it is told. */
-type Part = { start: number; end: number } | { text: string } | { parcel: Parcel };
+type Part = { start: number; end: number } | { text: string } | Piece;
 
 /** Bytes of a parcel for one client. */
 type Piece = { parcel: Parcel; start: number; end: number };
@@ -271,6 +280,9 @@ type Entry = Piece & { since: number; privates: PrivateDebt[] };
 
 /** A line that somebody has said, and the position of its batch, or about so before it is flushed. */
 type Said = { at: number; line: string };
+
+/** The last lines that people have said, as an answer, and where in it each of them begins. */
+type Recall = { parcel: Parcel; starts: number[] };
 
 /** Private messages count against their sender until their reader has taken them. */
 type PrivateDebt = { sender: Client; bytes: number };
@@ -921,7 +933,7 @@ function serve(server: Server, client: Client, work: () => void): void {
 
 /** Looks once a second for clients that take too long, and for addresses that must wait. */
 function sweep(server: Server): void {
-  server.history.forgetOld();
+  forgetOld(server);
   for (const address of server.addresses.values()) sweepAddress(server, address);
 
   const now = performance.now();
@@ -1071,9 +1083,9 @@ function endTurn(server: Server): void {
   server.answerBytes = 0;
 }
 
-/** Whether a line may get a long answer: a name, /who or /history. */
+/** Whether a line may get a long answer: a name, or a command that is not known to get a short one. */
 function mayBeAnswered({ phase }: Client, line: Buffer): boolean {
-  return phase === "naming" || /^\/[wh]/i.test(line.toString("latin1", 0, 2));
+  return phase === "naming" || /^\/[^mnq/]/i.test(line.toString("latin1", 0, 2));
 }
 
 /** Newcomers come in the next turn. What others are told must leave first. */
@@ -1331,7 +1343,7 @@ function readOnAll(server: Server): void {
   for (const client of [...server.sliced]) {
     server.sliced.delete(client);
     readOn(server, client);
-    if (server.answerBytes > MAX_ANSWERS || isTurnOver(server)) break;
+    if (isTurnOver(server)) break;
   }
 
   endTurn(server);
@@ -1347,8 +1359,8 @@ function takeOwnBatch(client: Client, batch: Parcel): Piece[] {
 }
 
 function toPiece(part: Part, batch: Parcel): Piece {
-  if ("start" in part) return { parcel: batch, start: part.start, end: part.end };
-  return wholeOf("parcel" in part ? part.parcel : new Parcel(Buffer.from(part.text)));
+  if ("text" in part) return wholeOf(new Parcel(Buffer.from(part.text)));
+  return "parcel" in part ? part : { parcel: batch, start: part.start, end: part.end };
 }
 
 function wholeOf(parcel: Parcel): Piece {
@@ -1553,7 +1565,7 @@ function sendHelp(server: Server, client: Client): void {
 function sendNames(server: Server, client: Client): void {
   server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server)));
   const parcel = server.whoAnswer;
-  catchUp(client, server.batchBytes).push({ parcel });
+  catchUp(client, server.batchBytes).push(wholeOf(parcel));
   scheduleFlush(server, true);
   chargeAnswer(server, client, parcel.bytes.length);
 }
@@ -1619,6 +1631,7 @@ type History = ReturnType<typeof openHistory>;
 
 // Each entry makes a file of the version before one newer.
 const SCHEMA = ["CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT"];
+const IN_MEMORY = ":memory:";
 const APPLICATION_ID = 0x62_75_6e_63; // "bunc", in bytes 68 to 71 of the file (SQLite, file format)
 
 const HISTORY_PROBLEMS: readonly { code: RegExp; reason: string }[] = [
@@ -1628,6 +1641,7 @@ const HISTORY_PROBLEMS: readonly { code: RegExp; reason: string }[] = [
   { code: /BUSY/, reason: "another server uses it" },
   { code: /NOTADB|CORRUPT/, reason: "it is damaged" },
   { code: /FULL|ENOSPC/, reason: "the disk is full" },
+  { code: /IOERR/, reason: "the disk fails, or a limit on the size of files is reached" },
 ];
 
 function reasonOf(error: unknown): string {
@@ -1639,15 +1653,15 @@ function reasonOf(error: unknown): string {
  * Opens the history in a file, or in memory, where it is small.
  * @throws Error with a message for the user
  */
-function openHistory({ db: file, keep, logError }: ServerOptions) {
+function openHistory({ db: file, logError }: ServerOptions) {
   const database = openDatabase(file);
   const insert = database.query<null, [number, string]>("INSERT INTO history VALUES (?, ?)");
   const select = database.query<Batch, [number]>(
     "SELECT at, text FROM history WHERE at > ? ORDER BY at LIMIT 1",
   );
-  const selectSaid = database.query<Batch, [number]>(
-    `SELECT at, text FROM history WHERE at < ? AND instr(char(10) || text, char(10) || '[') > 0
-     ORDER BY at DESC LIMIT 1`,
+  const selectSaid = database.query<Batch, [number, number]>(
+    `SELECT at, text FROM (SELECT at, text FROM history WHERE at < ? ORDER BY at DESC LIMIT ?)
+     WHERE instr(char(10) || text, char(10) || '[') > 0 LIMIT 1`,
   );
   // The oldest batches, with what stands before each of them, in bytes.
   const selectOldest = database.query<{ first: number; last: number }, [number, number, number]>(
@@ -1667,6 +1681,9 @@ function openHistory({ db: file, keep, logError }: ServerOptions) {
   let gap = 0; // position of the last batch, if it could not be stored
   let storeNotBefore = 0; // ms
   let forgetNotBefore = 0; // ms
+  let forgetting: Timer | undefined; // there is more to forget
+  let overwriteNotBefore = 0; // ms
+  let isOverwritten = true; // all that was forgotten is
   let unmeasured = 0; // characters stored since the last look at the memory
 
   function store(text: string): void {
@@ -1682,7 +1699,34 @@ function openHistory({ db: file, keep, logError }: ServerOptions) {
     if (!oldest || oldest.first === oldest.last) return false;
     empty.run(oldest.last); // comes first: a crash behind it leaves two gaps, and not none
     remove.run(oldest.last);
+    isOverwritten = false;
     return true;
+  }
+
+  /** What was forgotten is no longer in the file when all changes are, and the -wal is empty. */
+  function overwrite(): void {
+    if (isOverwritten || performance.now() < overwriteNotBefore) return;
+    database.run("PRAGMA wal_checkpoint(TRUNCATE)");
+    overwriteNotBefore = performance.now() + OVERWRITE;
+    isOverwritten = true;
+  }
+
+  /** Forgets what is behind a position, in small steps that are not felt. */
+  function forgetBefore(oldest: number): void {
+    const started = performance.now();
+    clearTimeout(forgetting);
+    if (started < forgetNotBefore) return;
+    try {
+      while (forget(oldest)) {
+        if (performance.now() < started + FORGETTING) continue;
+        forgetting = setTimeout(forgetBefore, FORGET_MORE, oldest);
+        return;
+      }
+      overwrite();
+    } catch (error) {
+      if (gap === 0) logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
+      forgetNotBefore = started + FORGET_AGAIN;
+    }
   }
 
   function keepSmall(stored: number): void {
@@ -1709,8 +1753,11 @@ function openHistory({ db: file, keep, logError }: ServerOptions) {
         store(text);
         keepSmall(text.length);
       } catch (error) {
-        if (gap === 0)
-          logError?.(`The history cannot be stored: ${reasonOf(error)}. The chat goes on.`);
+        const words = `The history cannot be stored: ${reasonOf(error)}. The chat goes on.`;
+        if (gap === 0) {
+          logError?.(words);
+          markIncomplete(file);
+        }
         gap = position;
         storeNotBefore = performance.now() + STORE_AGAIN;
       }
@@ -1733,12 +1780,12 @@ function openHistory({ db: file, keep, logError }: ServerOptions) {
     lastSaid(): Said[] {
       let said: Said[] = [];
       try {
-        let batch = selectSaid.get(Number.MAX_SAFE_INTEGER);
+        let batch = selectSaid.get(Number.MAX_SAFE_INTEGER, MAX_SEARCH);
         while (batch && said.length < MAX_RECALL) {
           const { at, text } = batch;
           const lines = text.split("\n").filter((line) => line.startsWith("["));
           said = [...lines.map((line) => ({ at, line })), ...said].slice(-MAX_RECALL);
-          batch = selectSaid.get(at);
+          batch = selectSaid.get(at, MAX_SEARCH);
         }
       } catch (error) {
         logError?.(`The history cannot be read: ${reasonOf(error)}.`);
@@ -1746,41 +1793,53 @@ function openHistory({ db: file, keep, logError }: ServerOptions) {
       return said;
     },
 
-    /** Forgets some of what is too old. Called once a second, it is never felt. */
-    forgetOld(): void {
-      const started = performance.now();
-      if (keep === 0 || gap > 0 || started < forgetNotBefore) return;
-      const oldest = (Date.now() - keep * DAY) * 1000;
-      try {
-        while (performance.now() < started + FORGETTING) if (!forget(oldest)) break;
-      } catch (error) {
-        logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
-        forgetNotBefore = started + FORGET_AGAIN;
-      }
-    },
+    forgetBefore,
 
     /** Leaves one file behind, which knows what is missing in it. */
     close(): void {
+      clearTimeout(forgetting);
       try {
         if (gap > 0) insert.run(gap, "");
+        gap = 0;
+      } catch {} // the server has said why
+      try {
         database.close(true);
       } catch (error) {
         logError?.(`The history cannot be closed: ${reasonOf(error)}.`);
       }
+      if (gap > 0) markIncomplete(file);
     },
   };
 }
 
 /** @throws Error with a message for the user */
 function openDatabase(file?: string): Database {
-  if (file === undefined) return prepareDatabase(":memory:");
+  if (file === undefined) return prepareDatabase(IN_MEMORY);
   try {
     const path = resolve(file); // SQLite would take some names for something else
     checkFile(path);
-    return prepareDatabase(path);
+    const database = prepareDatabase(path);
+    if (statSync(path).mtimeMs === INCOMPLETE) addGap(database, path);
+    return database;
   } catch (error) {
     throw new Error(`${file} cannot be the history: ${reasonOf(error)}.`);
   }
+}
+
+// A full disk takes no row that says so, but it takes a time stamp.
+const INCOMPLETE = 0; // ms since 1970
+
+function markIncomplete(file = ""): void {
+  try {
+    utimesSync(file, INCOMPLETE, INCOMPLETE);
+  } catch {} // it is in memory, or the file is gone
+}
+
+/** Adds what an earlier server could not: that something is missing at the end. */
+function addGap(database: Database, path: string): void {
+  const at = Math.max(lastPosition(database) + 1, Date.now() * 1000);
+  database.run("INSERT INTO history VALUES (?, '')", [at]);
+  utimesSync(path, new Date(), new Date());
 }
 
 /** Makes sure of a file before SQLite touches it. Only its owner may read a new one. */
@@ -1809,7 +1868,7 @@ function prepareDatabase(path: string): Database {
     // An end of the process loses nothing that was stored; a power failure may lose the last seconds.
     database.run("PRAGMA journal_mode = WAL");
     database.run("PRAGMA synchronous = NORMAL");
-    database.run("PRAGMA secure_delete = ON"); // what is forgotten is no longer in the file either
+    if (path !== IN_MEMORY) database.run("PRAGMA secure_delete = ON"); // overwrites what is forgotten
     lastPosition(database); // throws if the table cannot be read
     return database;
   } catch (error) {
@@ -1842,6 +1901,7 @@ function storeBatch(server: Server, text: string): string {
   const at = server.history.save(text);
   const first = Math.max(0, server.said.length - server.saidInBatch);
   for (const said of server.said.slice(first)) said.at = at;
+  if (server.saidInBatch > 0) server.recallForFollowers = null;
   server.saidInBatch = 0;
   return markOf(at);
 }
@@ -1851,9 +1911,25 @@ function rememberSaid(server: Server, line: string): void {
   if (server.said.length >= 2 * MAX_RECALL) server.said = server.said.slice(-MAX_RECALL);
   server.said.push({ at: Math.max(server.history.position + 1, Date.now() * 1000), line });
   server.saidInBatch++;
+  server.recallForPeople = null;
+  server.recallForFollowers = null;
 }
 
-/** Answers /history. People get dates, and followers get positions. */
+/** Once a second: forgets what is older than --keep. */
+function forgetOld(server: Server): void {
+  const { keep } = server.options;
+  if (keep === 0) return;
+  const oldest = (Date.now() - keep * DAY) * 1000;
+  server.history.forgetBefore(oldest);
+
+  const [first] = server.said;
+  if (!first || first.at >= oldest) return;
+  server.said = server.said.filter(({ at }) => at >= oldest);
+  server.recallForPeople = null;
+  server.recallForFollowers = null;
+}
+
+/** Answers /history with a part of what all get. People see dates, and followers positions. */
 function sendHistory(server: Server, client: Client, rest: string): void {
   const count = /^\d{1,9}$/.test(rest) ? Number(rest) : 0;
   if (rest !== "" && count === 0) {
@@ -1865,9 +1941,37 @@ function sendHistory(server: Server, client: Client, rest: string): void {
     return;
   }
 
-  const said = server.said.slice(-Math.min(count || DEFAULT_RECALL, MAX_RECALL));
-  const showTime = client.following === "no" ? formatTime : String;
-  answer(server, client, said.map(({ at, line }) => `* ${showTime(at)} ${line}`).join("\n"));
+  const { parcel, starts } = client.following === "no" ? forPeople(server) : forFollowers(server);
+  const start = starts.at(-(count || DEFAULT_RECALL)) ?? 0;
+  const end = parcel.bytes.length;
+  catchUp(client, server.batchBytes).push({ parcel, start, end });
+  scheduleFlush(server, true);
+  server.answerBytes += end - start;
+  client.sliceUsed += end - start;
+  charge(server, client, (end - start) / HISTORY_BYTES_PER_UNIT);
+}
+
+function forPeople(server: Server): Recall {
+  server.recallForPeople ??= createRecall(server.said, formatTime);
+  return server.recallForPeople;
+}
+
+function forFollowers(server: Server): Recall {
+  server.recallForFollowers ??= createRecall(server.said, String);
+  return server.recallForFollowers;
+}
+
+function createRecall(said: readonly Said[], showTime: (at: number) => string): Recall {
+  const starts: number[] = [];
+  let text = "";
+  let bytes = 0;
+  for (const { at, line } of said.slice(-MAX_RECALL)) {
+    const shown = `* ${showTime(at)} ${line}\n`;
+    starts.push(bytes);
+    text += shown;
+    bytes += Buffer.byteLength(shown);
+  }
+  return { parcel: new Parcel(Buffer.from(text)), starts };
 }
 
 /** The minute of a position, in local time. */
@@ -1885,7 +1989,7 @@ function formatTime(at: number): string {
 // The first of these is what it has asked for, or another one if something is missing. Where something
 // is missing later on, such a line comes again. The second one is the last position before it joined:
 // the first batch behind it has its own arrival, and all that its earlier connections have said comes
-// before. Then come the batches and their marks, as they have come to everybody else.
+// before, if it had the same name. Then come the batches and their marks, as they have come to everybody else.
 //
 // "/since" alone asks for everything since it joined, and "/since -N" first for the last N lines that
 // were said before.
@@ -1902,7 +2006,7 @@ function follow(server: Server, client: Client, rest: string): void {
   }
 
   // What it should still get of this batch comes with the others, in order.
-  const told = client.ownBatch?.filter((part) => !("start" in part)) ?? [];
+  const told = client.ownBatch?.filter((part) => "text" in part || "parcel" in part) ?? [];
   client.ownBatch = told.length > 0 ? told : null;
   client.ownBatchEnd = 0;
   client.following = "asked";
@@ -1963,8 +2067,7 @@ function continueReplay(server: Server, client: Client, begin = ""): void {
 
   const parcel = new Parcel(Buffer.from(text));
   send(server, client, wholeOf(parcel));
-  const bytes = parcel.bytes.length / REPLAY_BYTES_PER_UNIT;
-  charge(server, client, bytes + batches / REPLAY_BATCHES_PER_UNIT);
+  payForReplay(server, client, parcel.bytes.length + batches * BATCH_OVERHEAD);
 
   if (batch) {
     scheduleReplay(server, client);
@@ -1974,12 +2077,20 @@ function continueReplay(server: Server, client: Client, begin = ""): void {
   }
 }
 
+/** Many may come back at once from one address, so each pays on its own. */
+function payForReplay(server: Server, client: Client, bytes: number): number {
+  const { rate } = server.options;
+  if (rate === 0) return 0;
+  spend(client, bytes / HISTORY_BYTES_PER_UNIT, rate); // its next line waits for that
+  return spend(client.replay, bytes, REPLAY_RATE, NEWCOMER_BURST);
+}
+
 /** Goes on when a client has read what it got, and has paid for it. */
 function scheduleReplay(server: Server, client: Client): void {
   client.following = client.queue.length > 0 ? "draining" : "replaying";
   if (client.following === "draining") return; // `sendQueue` comes back
 
-  const wait = charge(server, client, 0);
+  const wait = payForReplay(server, client, 0);
   setTimeout(postpone, wait, server, client, () => continueReplay(server, client));
 }
 
