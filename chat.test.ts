@@ -26,10 +26,12 @@
  *  10. The client in a terminal
  *  11. The client in a pipe
  *  12. TLS
- *  13. Faults
+ *  13. History
+ *  14. Faults
  */
 
 import { afterAll, afterEach, beforeEach, describe, expect, jest, mock, test } from "bun:test";
+import { Database } from "bun:sqlite";
 import { once } from "node:events";
 import fs from "node:fs";
 import { createConnection } from "node:net";
@@ -3340,7 +3342,514 @@ describe("a room with TLS", () => {
   });
 });
 
-// --- 13. Faults --------------------------------------------------------------------------------
+// --- 13. History -------------------------------------------------------------------------------
+
+/** The name of a file that does not exist yet, in a folder of its own. */
+const newFile = () => `${fs.mkdtempSync(`${folder}/history-`)}/chat.db`;
+
+/** A row of a history: what a batch said, at its position. An empty text is a gap. */
+type Row = readonly [at: number, text: string];
+
+/** Makes a history as a server leaves it behind. Returns its file. */
+function writeHistory(rows: readonly Row[], { version = 1, application = 0x62756e63 } = {}) {
+  const file = newFile();
+  const database = new Database(file);
+  database.run("PRAGMA secure_delete = ON");
+  database.run("CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT");
+  database.run(`PRAGMA application_id = ${application}`);
+  database.run(`PRAGMA user_version = ${version}`);
+  const insert = database.query("INSERT INTO history VALUES (?, ?)");
+  database.transaction(() => rows.forEach(([at, text]) => insert.run(at, text)))();
+  database.close(true);
+  return file;
+}
+
+/** Lines of some length, each of them a batch, behind the gap with which each history begins. */
+function longHistory(count: number, length: number): { file: string; lines: string[] } {
+  const lines = numbered(count, "old").map((line) => line.padEnd(length, " ."));
+  const rows = lines.map((line, number): Row => [2_000_000 + number, `${line}\n`]);
+  return { file: writeHistory([[1_000_000, ""], ...rows]), lines };
+}
+
+const SINCE = /^\* Since (\d+) until (\d+)$/;
+const MARK = /^\* (\d+)$/;
+
+/** Somebody enters and says /since. Resolves as well with the two positions of the answer. */
+async function follow(server: Address, name: string, since: number | "" = 0) {
+  const peer = await enter(server, name);
+  peer.send(`/since ${since}\n`);
+  const [, from, until] = SINCE.exec(await peer.line()) ?? [];
+  return { peer, from: Number(from), until: Number(until) };
+}
+
+/** The lines that a follower hears up to the next mark, and the position that it tells. */
+async function nextBatch(follower: Peer) {
+  const lines: string[] = [];
+  for (;;) {
+    const line = await follower.line();
+    const [, at] = MARK.exec(line) ?? [];
+    if (at) return { lines, at: Number(at) };
+    lines.push(line);
+  }
+}
+
+/** The batches up to the one that has this line. Their marks must rise. */
+async function batchesUntil(follower: Peer, last: string) {
+  const batches = [await nextBatch(follower)];
+  for (let { lines, at } = batches[0]!; !lines.includes(last);) {
+    const next = await nextBatch(follower);
+    expect(next.at).toBeGreaterThan(at);
+    batches.push(next);
+    ({ lines, at } = next);
+  }
+  return batches;
+}
+
+/** What a follower hears up to this line, without the marks. */
+async function linesUntil(follower: Peer, last: string): Promise<string[]> {
+  return (await batchesUntil(follower, last)).flatMap(({ lines }) => lines);
+}
+
+describe("/history", () => {
+  test.each([
+    ["", 20],
+    ["1", 1],
+    ["0021", 21],
+    ["200", 200],
+    ["201", 200],
+    ["999999999", 200],
+  ])("%s shows the last lines that were said, the oldest first", async (parameter, count) => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    alice.send(toText(numbered(300)));
+    await bob.until("[alice] line 299");
+
+    bob.send(`/history ${parameter}\n`);
+    const shown = await bob.lines(count);
+    expect(await bob.ping()).toEqual([]);
+    const texts = shown.map((line) => line.replace(/^\* \d{4}-\d\d-\d\d \d\d:\d\d /, ""));
+    expect(texts).toEqual(numbered(300, "alice").slice(-count));
+  });
+
+  test.each(["0", "x", "-1", "1e3", "1 2", "1.5", "9999999999"])(
+    "%s is explained",
+    async (parameter) => {
+      const alice = await enter(open(), "alice");
+      alice.send(`/history ${parameter}\n`);
+      expect(await alice.line()).toBe("* Say it like this: /history N, with N from 1 to 200");
+    },
+  );
+
+  test("tells what people have said, also just now, and nothing else", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    bob.send("/history\n");
+    expect(await bob.line()).toBe("* Nothing has been said yet.");
+
+    alice.send("one\n/msg bob psst\n/who\n/foo\n/nick bob\n//two\n/nick anna\nthree\n/history\n");
+    const answer = await alice.lines(8);
+    const said = ["[alice] one", "[alice] /two", "[anna] three"];
+    expect(answer.slice(5).map((line) => line.slice("* 2026-11-24 10:42 ".length))).toEqual(said);
+    expect(await alice.ping()).toEqual([]);
+  });
+
+  test("has the local time, and is found in the file by the next server", async () => {
+    const at = new Date(2026, 10, 24, 10, 42, 59, 999).getTime() * 1000;
+    const file = writeHistory([
+      [at - 1, ""],
+      [at, "* alice has joined the chat\n[alice] hello\n[bob] * 1\n* bob has left the chat\n"],
+      [at + 1000, "* alice is now called anna\n"],
+      [at + 2000, "[anna] later\n"],
+    ]);
+    const carol = await enter(open({ db: file, keep: 0 }), "carol");
+    carol.send("/history\n");
+    expect(await carol.lines(3)).toEqual([
+      "* 2026-11-24 10:42 [alice] hello",
+      "* 2026-11-24 10:42 [bob] * 1",
+      "* 2026-11-24 10:43 [anna] later",
+    ]);
+    expect(await carol.ping()).toEqual([]);
+  });
+});
+
+describe("a follower", () => {
+  const OLD: Row[] = [
+    [1_000_000, ""],
+    [2_000_000, "[old] one\n"],
+    [3_000_000, "[old] two\n"],
+  ];
+
+  test("hears what was said since, the batch of its own arrival, and itself, with marks", async () => {
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
+    alice.send("one\ntwo\n");
+    await bob.lines(2);
+
+    const { peer: carol, until } = await follow(room, "carol");
+    const replay = await batchesUntil(carol, "* carol has joined the chat");
+    const isBefore = ({ at }: { at: number }) => at <= until;
+    expect(replay.filter(isBefore).flatMap(({ lines }) => lines)).toEqual([
+      "* alice has joined the chat",
+      "* bob has joined the chat",
+      "[alice] one",
+      "[alice] two",
+    ]);
+    expect(replay.findIndex(isBefore)).toBe(0);
+    expect(replay.findLastIndex(isBefore)).toBe(replay.length - 2);
+
+    carol.send("mine\nagain\n");
+    const { lines, at } = await nextBatch(carol);
+    expect(lines).toEqual(["[carol] mine", "[carol] again"]);
+    expect(at).toBeGreaterThan(replay.at(-1)?.at ?? NaN);
+
+    // The others see neither a mark nor a line of their own.
+    const heard = ["* carol has joined the chat", "[carol] mine", "[carol] again"];
+    expect(await alice.ping()).toEqual(["* bob has joined the chat", ...heard].slice(1));
+    expect(await bob.ping()).toEqual(heard);
+  });
+
+  test("gets private messages and answers without a mark, and only once", async () => {
+    const [room, alice] = await gather(open(), "alice");
+    const { peer: carol } = await follow(room, "carol");
+    const heard = await batchesUntil(carol, "* carol has joined the chat");
+    await alice.line();
+
+    carol.send("/who\n/msg alice psst\n");
+    expect(await alice.line()).toBe("[carol -> alice] psst");
+    alice.send("/msg carol hush\n");
+    expect(await alice.line()).toBe("[alice -> carol] hush");
+    const answers = [present("alice", "carol"), "[carol -> alice] psst", "[alice -> carol] hush"];
+    expect(await carol.ping()).toEqual(answers);
+    expect(await carol.ping()).toEqual([]);
+
+    // Those among the lines of a batch come before its mark.
+    carol.send("one\n/msg alice psst\ntwo\n");
+    const mixed = await nextBatch(carol);
+    expect(mixed.lines).toEqual(["[carol] one", "[carol -> alice] psst", "[carol] two"]);
+
+    carol.send(`/since ${heard.at(-1)?.at}\n/history\n`);
+    expect(await carol.line()).toMatch(SINCE);
+    expect(await nextBatch(carol)).toEqual({ lines: ["[carol] one", "[carol] two"], at: mixed.at });
+    expect(await carol.line()).toBe(`* ${mixed.at} [carol] one`); // a position and not a date
+  });
+
+  test("gets the batch in which it says /since, as everybody does", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    alice.send("one\n/msg bob psst\n/since\ntwo\n");
+    expect(await alice.line()).toBe("[alice -> bob] psst");
+    expect(await alice.line()).toMatch(SINCE);
+    const [first, ...later] = await batchesUntil(alice, "[alice] two");
+    expect(first?.lines[0]).toBe("* alice has joined the chat");
+    const rest = later.flatMap(({ lines }) => lines);
+    expect(rest.slice(-2)).toEqual(["[alice] one", "[alice] two"]);
+    expect(await bob.lines(3)).toEqual(["[alice] one", "[alice -> bob] psst", "[alice] two"]);
+  });
+
+  test.each([
+    ["0, before the beginning", "0", [1_000_000, "[old] one", "[old] two"]],
+    ["the beginning", "1000000", [1_000_000, "[old] one", "[old] two"]],
+    ["between two batches", "1500000", [1_500_000, "[old] one", "[old] two"]],
+    ["a batch", "2000000", [2_000_000, "[old] two"]],
+    ["the last batch", "3000000", [3_000_000]],
+    ["nothing, which is its own arrival", "", [3_000_000]],
+  ])("from %s begins there, or where it can", async (_, since, [from, ...missed]) => {
+    const room = open({ db: writeHistory(OLD), keep: 0 });
+    const carol = await enter(room, "carol");
+    carol.send(`/since ${since}\n`);
+    expect(await carol.line()).toBe(`* Since ${from} until 3000000`);
+    const arrival = "* carol has joined the chat";
+    expect(await linesUntil(carol, arrival)).toEqual([...missed, arrival] as string[]);
+  });
+
+  test("from the future begins now", async () => {
+    const room = open({ db: writeHistory(OLD), keep: 0 });
+    const now = Date.now() * 1000;
+    const { peer: carol, from, until } = await follow(room, "carol", Number.MAX_SAFE_INTEGER);
+    expect(from).toBeWithin(now, now + 10_000_000);
+    expect(until).toBe(3_000_000);
+    carol.send("hello\n");
+    const { lines, at } = await nextBatch(carol);
+    expect(lines).toEqual(["[carol] hello"]);
+    expect(at).toBeGreaterThan(from);
+  });
+
+  test("is told where something is missing", async () => {
+    const file = writeHistory([...OLD, [4_000_000, ""], [5_000_000, "[old] three\n"]]);
+    const { peer: carol } = await follow(open({ db: file, keep: 0 }), "carol", 1_500_000);
+    expect(await carol.until("* carol has joined the chat")).toEqual([
+      "[old] one",
+      "* 2000000",
+      "[old] two",
+      "* 3000000",
+      "* Since 4000000 until 5000000",
+      "[old] three",
+      "* 5000000",
+    ]);
+  });
+
+  test.each(["x", "-1", "1e3", "1 2", "1.5", "12345678901234567"])(
+    "does not become of one that says /since %s, which is explained",
+    async (position) => {
+      const alice = await enter(open(), "alice");
+      alice.send(`/since ${position}\nhello\n`);
+      expect(await alice.ping()).toEqual(["* Say it like this: /since POSITION"]);
+    },
+  );
+
+  test("that half-closes gets all that it has missed, and then the end", async () => {
+    const { file, lines } = longHistory(1000, 2000);
+    const room = open({ db: file, keep: 0 });
+    const carol = await enter(room, "carol");
+    carol.send("/since 0\nbye\n");
+    carol.socket.shutdown();
+    const heard = (await carol.rest()).filter((line) => !MARK.test(line));
+    expect(heard.shift()).toMatch(SINCE);
+    expect(heard).toEqual([...lines, "* carol has joined the chat", "[carol] bye"]);
+  });
+
+  test("that reads slowly gets all in order, and is not dropped", async () => {
+    jest.useFakeTimers();
+    const { file, lines } = longHistory(3000, 4000);
+    const [room, alice] = await gather(open({ db: file, keep: 0 }), "alice");
+    const carol = await enter(room, "carol");
+    carol.socket.pause();
+    carol.send("/since 0\n");
+    await pass(6); // each 0.1 s with 256 KiB, as far as the kernel takes them
+    for (const line of numbered(10)) {
+      alice.send(`${line}\n`);
+      await pass(2);
+    }
+    expect(namesIn(room)).toEqual(["alice", "carol"]);
+    expect(queued(room, "carol")).toBeWithin(1, 0.5 * MIB);
+
+    carol.socket.resume();
+    const heard: string[] = [];
+    while (heard.at(-1) !== "[alice] line 9") {
+      await pass(0.1);
+      for (let line = carol.take(); line !== undefined; line = carol.take())
+        if (!MARK.test(line)) heard.push(line);
+    }
+    expect(heard.shift()).toMatch(SINCE);
+    const arrivals = ["alice", "carol"].map((name) => `* ${name} has joined the chat`);
+    expect(heard).toEqual([...lines, ...arrivals, ...numbered(10, "alice")]);
+  });
+
+  test.each([
+    ["size", 265, 20_000],
+    ["number of batches", 18_000, 20],
+  ])("pays for what it has missed by its %s", async (_, count, length) => {
+    jest.useFakeTimers();
+    const { file } = longHistory(count, length);
+    const carol = await enter(open({ db: file, keep: 0, rate: 10 }), "carol");
+    carol.countsOnly = true;
+    const { total } = carol;
+
+    // 40 short lines' worth. At first there is credit for 15, and each second earns 10.
+    carol.send("/since 0\n");
+    const received: number[] = [];
+    for (let second = 0; second < 4; second++) {
+      for (let ms = 0; ms < 1000; ms++) {
+        jest.advanceTimersByTime(1);
+        await turns(1);
+      }
+      received.push(carol.total - total);
+    }
+    const parts = received.map((bytes) => bytes / (received[3] ?? NaN));
+    expect(parts[0]).toBeWithin(25 / 40, 29 / 40);
+    expect(parts[1]).toBeWithin(35 / 40, 39 / 40);
+    expect(parts[2]).toBe(1);
+  });
+});
+
+describe("a history in memory", () => {
+  test("keeps the last few megabytes of a flood", async () => {
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
+    const before = Date.now() * 1000;
+    const lines = times(3000, (number) => `${number} `.padEnd(4000, "x"));
+    alice.send(toText(lines));
+    await bob.until(`[alice] ${lines.at(-1)}`);
+
+    const { peer: carol, from } = await follow(room, "carol", 1);
+    expect(from).toBeGreaterThan(before);
+    const kept = await linesUntil(carol, "* carol has joined the chat");
+    expect(carol.total).toBeWithin(2_000_000, 5_000_000);
+    expect(kept.slice(0, -1)).toEqual(
+      lines.slice(1 - kept.length).map((line) => `[alice] ${line}`),
+    );
+  });
+});
+
+describe("a history in a file", () => {
+  test.each([
+    ["30 days", 30, ["[old] two", "[old] three"], false],
+    ["40 days", 40, ["[old] one", "[old] two", "[old] three"], true],
+    ["ever", 0, ["[old] one", "[old] two", "[old] three"], true],
+  ])(
+    "of which %s are kept forgets the rest, and leaves nothing of it",
+    async (_, keep, said, kept) => {
+      jest.useFakeTimers();
+      const daysAgo = (days: number) => (Date.now() - days * 86_400_000) * 1000;
+      const secrets = times(100, (number): Row => [
+        daysAgo(35) + number,
+        `* secret ${"s".repeat(2000)}\n`,
+      ]);
+      const file = writeHistory([
+        [daysAgo(36), ""],
+        ...secrets,
+        [daysAgo(34), "[old] one\n"],
+        [daysAgo(29), "[old] two\n"],
+        [daysAgo(1), "[old] three\n"],
+      ]);
+      const room = open({ db: file, keep });
+      await pass(2);
+
+      const { peer: carol, from } = await follow(room, "carol");
+      expect(from).toBe(daysAgo(kept ? 36 : 34) - 2_000_000);
+      const heard = await linesUntil(carol, "* carol has joined the chat");
+      expect(heard.filter((line) => !line.startsWith("*"))).toEqual(said);
+      expect(heard.some((line) => line.startsWith("* secret"))).toBe(kept);
+
+      carol.socket.terminate();
+      await timeToStop(room);
+      expect(fs.readFileSync(file, "latin1").includes("sssss")).toBe(kept);
+    },
+  );
+
+  test("is of one room, and not of another in the same process", async () => {
+    const rooms = times(2, () => open({ db: newFile() }));
+    for (const [number, room] of rooms.entries()) {
+      const { peer } = await follow(room, `user${number}`);
+      peer.send(`in room ${number}\n`);
+      const said = `[user${number}] in room ${number}`;
+      expect(await linesUntil(peer, said)).toEqual([`* user${number} has joined the chat`, said]);
+    }
+  });
+});
+
+describe.concurrent("bun server.ts --db", () => {
+  /** All files of a folder, and what is in them. */
+  const contents = (folder: string) =>
+    fs.readdirSync(folder).map((name) => [name, fs.readFileSync(`${folder}/${name}`, "base64")]);
+
+  test.each([
+    ["SIGTERM", ["chat.db"]],
+    ["SIGKILL", ["chat.db", "chat.db-wal"]],
+  ] as const)(
+    "goes on after %s where it was, and nobody else can read it",
+    async (signal, files) => {
+      const file = newFile();
+      const first = await serve("--rate", "0", "--db", file);
+      const alice = await enter(first, "alice");
+      const carol = await follow(first, "carol");
+      const heard = await batchesUntil(carol.peer, "* carol has joined the chat");
+      for (const line of numbered(50)) {
+        alice.send(`${line}\n`);
+        heard.push(...(await batchesUntil(carol.peer, `[alice] ${line}`)));
+      }
+      first.child.kill(signal);
+      for (const peer of [alice, carol.peer]) void peer.ended.promise.then(() => peer.socket.end());
+      await first.child.exited;
+      expect(fs.readdirSync(file.slice(0, -"/chat.db".length))).toEqual([...files]);
+      expect(fs.statSync(file).mode & 0o777).toBe(0o600);
+
+      const second = await serve("--db", file);
+      const dave = await follow(second, "dave");
+      expect(dave.from).toBe(carol.from);
+      const replay = await batchesUntil(dave.peer, "* dave has joined the chat");
+      expect(replay.slice(0, heard.length)).toEqual(heard);
+    },
+  );
+
+  const HEADER = Buffer.alloc(4096, "garbage ");
+  HEADER.writeUInt32BE(0x62756e63, 68);
+  const makeWith = (bytes: string | Buffer) => () => {
+    const file = newFile();
+    fs.writeFileSync(file, bytes);
+    return file;
+  };
+
+  test.each([
+    ["no name", () => "", 2, "--db takes the name of a file. See bun server.ts --help."],
+    ["a folder that is missing", () => `${newFile()}/chat.db`, 1, "there is no such folder"],
+    ["a folder", () => `${newFile()}/..`, 1, "it is a folder"],
+    ["a device", () => "/dev/null", 1, "it is not a file"],
+    ["a text", makeWith("My diary\n".repeat(20)), 1, "it belongs to another program"],
+    ["a short text", makeWith("x"), 1, "it belongs to another program"],
+    [
+      "a database of another program",
+      () => writeHistory([], { application: 0 }),
+      1,
+      "it belongs to another program",
+    ],
+    ["garbage", makeWith(HEADER), 1, "it is damaged"],
+    [
+      "a newer version",
+      () => writeHistory([], { version: 2 }),
+      1,
+      "it was made by a newer version of bun-chat",
+    ],
+  ])("with %s says what is wrong, and touches nothing", async (_, make, code, reason) => {
+    const file = make();
+    const parent = file.slice(0, file.lastIndexOf("/"));
+    const isOurs = parent.startsWith(folder) && fs.existsSync(parent);
+    const before = isOurs && contents(parent);
+    const command = [process.execPath, "server.ts", "--port", "0", "--db", file];
+    const err = code === 2 ? `${reason}\n` : `${file} cannot be the history: ${reason}.\n`;
+    expect(await inPipe(command).result()).toEqual({ code, out: "", err });
+    expect(isOurs && contents(parent)).toEqual(before);
+  });
+
+  test("says that another server uses the file, and leaves that one alone", async () => {
+    const file = newFile();
+    const first = await serve("--db", file);
+    const second = inPipe([process.execPath, "server.ts", "--port", "0", "--db", file]);
+    const err = `${file} cannot be the history: another server uses it.\n`;
+    expect(await second.result()).toEqual({ code: 1, out: "", err });
+    const { peer: alice } = await follow(first, "alice");
+    alice.send("hello\n");
+    await batchesUntil(alice, "[alice] hello");
+  });
+
+  test("goes on without a history while the disk is full, and tells what is missing in it", async () => {
+    const file = newFile();
+    const program = `exec ${process.execPath} server.ts --port 0 --rate 0 --quiet --db ${file}`;
+    const limit = `ulimit -S -f 64; trap "" XFSZ`; // KiB that a file may have
+    const server = await serveBy(["bash", "-c", `${limit}; ${program}`]);
+    const [alice, bob] = await enterAll(server, "alice", "bob");
+    const carol = await follow(server, "carol");
+    const said = numbered(50).map((line) => line.padEnd(3000, " ."));
+    const heard = await batchesUntil(carol.peer, "* carol has joined the chat");
+    for (const line of said) {
+      alice.send(`${line}\n`);
+      heard.push(...(await batchesUntil(carol.peer, `[alice] ${line}`)));
+    }
+    const lines = said.map((line) => `[alice] ${line}`);
+    expect(await bob.lines(said.length + 1)).toEqual(["* carol has joined the chat", ...lines]);
+    expect(server.err.text).toMatch(/^.* The history cannot be stored: .*\. The chat goes on\.\n$/);
+
+    const dave = await follow(server, "dave");
+    dave.peer.send("/ping\n"); // comes behind all that dave has missed
+    const replay = (await dave.peer.ping()).join("\n");
+    const gap = /^\* Since (\d+) until (\d+)$/m.exec(replay);
+    expect(replay).toStartWith("* alice has joined the chat");
+    expect(Number(gap?.[1])).toBeGreaterThan(dave.until);
+    expect(Number(gap?.[2])).toBe(dave.until);
+    expect(dave.until).toBe(heard.at(-1)?.at ?? NaN);
+
+    await Bun.spawn(["prlimit", "--pid", `${server.pid}`, "--fsize=unlimited"]).exited;
+    while (!server.err.text.includes("The history is stored again.")) {
+      alice.send("again\n");
+      await bob.until("[alice] again");
+    }
+    const erin = await follow(server, "erin");
+    const rest = await linesUntil(erin.peer, "* erin has joined the chat");
+    const missing = rest.findIndex((line) => SINCE.test(line));
+    expect(rest.slice(0, missing).filter((line) => line.startsWith("["))).toEqual(
+      lines.slice(0, rest.slice(0, missing).filter((line) => line.startsWith("[")).length),
+    );
+    expect(missing).toBeWithin(4, lines.length);
+    expect(rest[missing + 1]).toBe("[alice] again");
+  });
+});
+
+// --- 14. Faults --------------------------------------------------------------------------------
 
 /** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
 function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {
