@@ -3725,6 +3725,13 @@ describe("a history in a file", () => {
       expect(await linesUntil(peer, said)).toEqual([`* user${number} has joined the chat`, said]);
     }
   });
+
+  test("is free for others when its server could not listen", () => {
+    const { port } = open();
+    const db = newFile();
+    expect(() => open({ db, port })).toThrow();
+    open({ db });
+  });
 });
 
 describe.concurrent("bun server.ts --db", () => {
@@ -3840,15 +3847,18 @@ describe.concurrent("bun server.ts --db", () => {
     return { server, bob, said, say, makeRoom };
   }
 
-  /** Splits what a follower hears where something is missing, and takes out the arrivals. */
+  /** What a follower hears before and behind a gap, without arrivals, and where it says to go on. */
   function splitAtGap(heard: readonly string[]) {
     const gaps = heard.filter((line) => SINCE.test(line));
     expect(gaps).toHaveLength(1);
-    const gap = heard.indexOf(gaps[0] ?? "");
+
+    const [gap = ""] = gaps;
+    const place = heard.indexOf(gap);
     const isSaid = (line: string) => line.startsWith("[");
     return {
-      before: heard.slice(0, gap).filter(isSaid),
-      after: heard.slice(gap + 1).filter(isSaid),
+      before: heard.slice(0, place).filter(isSaid),
+      after: heard.slice(place + 1).filter(isSaid),
+      from: Number(SINCE.exec(gap)?.[1]),
     };
   }
 
@@ -3863,6 +3873,7 @@ describe.concurrent("bun server.ts --db", () => {
     expect(missed.before.length).toBeWithin(5, 15);
     expect(missed.before).toEqual(said.slice(0, missed.before.length));
     expect(missed.after).toHaveLength(0);
+    expect(missed.from).toBeGreaterThan(until); // nothing is known but what comes now
 
     // There are marks as ever.
     await say("hello");
