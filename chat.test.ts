@@ -27,11 +27,12 @@
  *  11. The client in a pipe
  *  12. The client and the history
  *  13. TLS
- *  14. Faults
+ *  14. History
+ *  15. Faults
  */
 
-import { Database } from "bun:sqlite";
 import { afterAll, afterEach, beforeEach, describe, expect, jest, mock, test } from "bun:test";
+import { Database } from "bun:sqlite";
 import { once } from "node:events";
 import fs from "node:fs";
 import { createConnection } from "node:net";
@@ -3290,12 +3291,8 @@ describe("the client under TLS", () => {
 
 // --- 12. The client and the history -------------------------------------------------------------
 
-/** A file for a history, in a folder of its own that is removed after the test. */
-function historyFile(): string {
-  const folder = fs.mkdtempSync(`${tmpdir()}/bun-chat-`);
-  cleanups.push(() => fs.rmSync(folder, { recursive: true }));
-  return `${folder}/chat.sqlite`;
-}
+/** The name of a file that does not exist yet, in a folder of its own. */
+const newFile = () => `${fs.mkdtempSync(`${folder}/history-`)}/chat.db`;
 
 describe("a follower", () => {
   /** A follower called alice that has arrived, and has read everything up to position 10. */
@@ -3483,7 +3480,7 @@ describe("a follower", () => {
 describe.concurrent("a client that comes later", () => {
   /** A file in which bob has said three lines, long ago. */
   async function oldHistory(): Promise<string> {
-    const file = historyFile();
+    const file = newFile();
     await startServer({ port: 0, db: file }).stop();
     const database = new Database(file);
     const at = Date.parse("2026-01-02T03:04:00Z") * 1000;
@@ -3595,7 +3592,7 @@ describe("nothing is missed", () => {
   test("and nothing is said twice, wherever connections are cut and the server is killed", async () => {
     const seed = Number(process.env["SEED"] ?? Math.floor(Math.random() * 1e6));
     const random = randomNumbers(seed);
-    const file = historyFile();
+    const file = newFile();
     const start = (port = "0") => serve("--db", file, "--rate", "0", "--port", port);
     let server = await start();
     const proxy = cutter(() => server.port, random);
@@ -3647,7 +3644,7 @@ describe("nothing is missed", () => {
   });
 
   test("by a tool whose server is killed while lines wait there, and comes back", async () => {
-    const file = historyFile();
+    const file = newFile();
     const server = await serve("--db", file, "--rate", "30");
     const alex = inPipe(hastyClient(server.port, "--name", "Alex"));
     const lines = times(500, (number) => `${number} ${"x".repeat(1000)}`);
@@ -3736,7 +3733,571 @@ describe("a room with TLS", () => {
   });
 });
 
-// --- 14. Faults --------------------------------------------------------------------------------
+// --- 14. History -------------------------------------------------------------------------------
+
+/** A row of a history: what a batch said, at its position. An empty text is a gap. */
+type Row = readonly [at: number, text: string];
+
+/** Makes a history as a server leaves it behind. Returns its file. */
+function writeHistory(rows: readonly Row[], { version = 1, application = 0x62756e63 } = {}) {
+  const file = newFile();
+  const database = new Database(file);
+  database.run("PRAGMA secure_delete = ON"); // so that no copy of a text stays behind
+  database.run("CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT");
+  database.run(`PRAGMA application_id = ${application}`);
+  database.run(`PRAGMA user_version = ${version}`);
+  const insert = database.query("INSERT INTO history VALUES (?, ?)");
+  database.transaction(() => rows.forEach(([at, text]) => insert.run(at, text)))();
+  database.close(true);
+  return file;
+}
+
+/** Lines of some length, each of them a batch, behind the gap with which each history begins. */
+function longHistory(count: number, length: number): { file: string; lines: string[] } {
+  const lines = numbered(count, "old").map((line) => line.padEnd(length, " ."));
+  const rows = lines.map((line, number): Row => [2_000_000 + number, `${line}\n`]);
+  return { file: writeHistory([[1_000_000, ""], ...rows]), lines };
+}
+
+const SINCE = /^\* Since (\d+) until (\d+)$/;
+const MARK = /^\* (\d+)$/;
+
+/** Enters, and says /since. Resolves with the two positions of the answer as well. */
+async function follow(server: Address, name: string, since: number | "" = 0) {
+  const peer = await enter(server, name);
+  peer.send(`/since ${since}\n`);
+  const [, from, until] = SINCE.exec(await peer.line()) ?? [];
+  return { peer, from: Number(from), until: Number(until) };
+}
+
+type Batch = { lines: string[]; at: number };
+
+/** The lines that a follower hears up to the next mark, and the position that it tells. */
+async function nextBatch(follower: Peer): Promise<Batch> {
+  const lines: string[] = [];
+  for (;;) {
+    const line = await follower.line();
+    const [, at] = MARK.exec(line) ?? [];
+    if (at) return { lines, at: Number(at) };
+    lines.push(line);
+  }
+}
+
+/** The batches up to the one that has this line. Their marks must rise. */
+async function batchesUntil(follower: Peer, last: string): Promise<Batch[]> {
+  const batches: Batch[] = [];
+  let position = 0;
+  for (;;) {
+    const batch = await nextBatch(follower);
+    expect(batch.at).toBeGreaterThan(position);
+    position = batch.at;
+    batches.push(batch);
+    if (batch.lines.includes(last)) return batches;
+  }
+}
+
+/** What a follower hears up to this line, without the marks. */
+async function linesUntil(follower: Peer, last: string): Promise<string[]> {
+  return (await batchesUntil(follower, last)).flatMap(({ lines }) => lines);
+}
+
+describe("what was said", () => {
+  test.each([
+    ["/history", 20],
+    ["/history 1", 1],
+    ["/HISTORY  0021 ", 21],
+    ["/history 200", 200],
+    ["/history 201", 200],
+    ["/history 999999999", 200],
+  ])("is shown by %s from the oldest of %d lines to the last", async (command, count) => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    alice.send(toText(numbered(300)));
+    await bob.until("[alice] line 299");
+
+    bob.send(`${command}\n`);
+    const shown = await bob.ping();
+    const texts = shown.map((line) => line.replace(/^\* \d{4}-\d\d-\d\d \d\d:\d\d /, ""));
+    expect(texts).toEqual(numbered(300, "alice").slice(-count));
+  });
+
+  test("is not shown for a bad number, which is explained", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    bob.send("hello\n");
+    await alice.line();
+    for (const number of ["0", "x", "-1", "1e3", "1 2", "1.5", "9999999999"]) {
+      alice.send(`/history ${number}\n`);
+      expect(await alice.line()).toBe("* Say it like this: /history N, with N from 1 to 200");
+    }
+  });
+
+  test("is all that /history tells, also what was said just now", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    bob.send("/history\n");
+    expect(await bob.line()).toBe("* Nothing has been said yet.");
+
+    alice.send("one\n/msg bob psst\n/who\n/foo\n/nick bob\n//two\n/nick anna\nthree\n/history\n");
+    const answer = await alice.lines(8); // five lines come before what /history says
+    const said = ["[alice] one", "[alice] /two", "[anna] three"];
+    expect(answer.slice(5).map((line) => line.slice("* 2026-11-24 10:42 ".length))).toEqual(said);
+    expect(await alice.ping()).toEqual([]);
+  });
+
+  test("has the local time, and the next server finds it in the file", async () => {
+    const at = new Date(2026, 10, 24, 10, 42, 59, 999).getTime() * 1000;
+    const file = writeHistory([
+      [at - 1, ""],
+      [at, "* alice has joined the chat\n[alice] hello\n[bob] * 1\n* bob has left the chat\n"],
+      [at + 1000, "* alice is now called anna\n"],
+      [at + 2000, "[anna] later\n"],
+    ]);
+    const carol = await enter(open({ db: file, keep: 0 }), "carol");
+    carol.send("/history\n");
+    expect(await carol.ping()).toEqual([
+      "* 2026-11-24 10:42 [alice] hello",
+      "* 2026-11-24 10:42 [bob] * 1",
+      "* 2026-11-24 10:43 [anna] later",
+    ]);
+  });
+});
+
+describe("a follower", () => {
+  const OLD: Row[] = [
+    [1_000_000, ""],
+    [2_000_000, "[old] one\n"],
+    [3_000_000, "[old] two\n"],
+  ];
+
+  test("hears what was said since, the batch of its own arrival, and itself, with marks", async () => {
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
+    alice.send("one\ntwo\n");
+    await bob.lines(2);
+
+    const { peer: carol, until } = await follow(room, "carol");
+    const replay = await batchesUntil(carol, "* carol has joined the chat");
+    const before = replay.filter(({ at }) => at <= until);
+    expect(before.flatMap(({ lines }) => lines)).toEqual([
+      "* alice has joined the chat",
+      "* bob has joined the chat",
+      "[alice] one",
+      "[alice] two",
+    ]);
+    const [arrival, ...others] = replay.slice(before.length);
+    expect(arrival?.lines).toEqual(["* carol has joined the chat"]);
+    expect(arrival?.at).toBeGreaterThan(until);
+    expect(others).toHaveLength(0);
+
+    carol.send("mine\nagain\n");
+    const { lines, at } = await nextBatch(carol);
+    expect(lines).toEqual(["[carol] mine", "[carol] again"]);
+    expect(at).toBeGreaterThan(arrival?.at ?? NaN);
+
+    // The others see neither a mark nor a line of their own.
+    const heard = ["* carol has joined the chat", "[carol] mine", "[carol] again"];
+    for (const peer of [alice, bob]) expect(await peer.ping()).toEqual(heard);
+  });
+
+  test("gets private messages and answers without a mark, and only once", async () => {
+    const [room, alice] = await gather(open(), "alice");
+    const { peer: carol } = await follow(room, "carol");
+    const heard = await batchesUntil(carol, "* carol has joined the chat");
+    await alice.line();
+
+    carol.send("/who\n/msg alice psst\n");
+    expect(await alice.line()).toBe("[carol -> alice] psst");
+    alice.send("/msg carol hush\n");
+    expect(await alice.line()).toBe("[alice -> carol] hush");
+    const answers = [present("alice", "carol"), "[carol -> alice] psst", "[alice -> carol] hush"];
+    expect(await carol.ping()).toEqual(answers);
+    expect(await carol.ping()).toEqual([]);
+
+    // Those among the lines of a batch come before its mark.
+    carol.send("one\n/msg alice psst\ntwo\n");
+    const mixed = await nextBatch(carol);
+    expect(mixed.lines).toEqual(["[carol] one", "[carol -> alice] psst", "[carol] two"]);
+
+    carol.send(`/since ${heard.at(-1)?.at}\n/history\n`);
+    expect(await carol.line()).toMatch(SINCE);
+    expect(await nextBatch(carol)).toEqual({ lines: ["[carol] one", "[carol] two"], at: mixed.at });
+    expect(await carol.line()).toBe(`* ${mixed.at} [carol] one`); // a position and not a date
+  });
+
+  test("gets the batch in which it says /since, as everybody does", async () => {
+    const [alice, bob] = await enterAll(open(), "alice", "bob");
+    bob.send("zero\n");
+    alice.send("one\n/msg bob psst\n/since\ntwo\n");
+    expect(await alice.line()).toBe("[alice -> bob] psst");
+    expect(await alice.line()).toMatch(SINCE);
+    const lines = await linesUntil(alice, "[alice] two");
+    expect(lines).toEqual([
+      "* alice has joined the chat",
+      "* bob has joined the chat",
+      "[bob] zero",
+      "[alice] one",
+      "[alice] two",
+    ]);
+    expect(await bob.lines(3)).toEqual(["[alice] one", "[alice -> bob] psst", "[alice] two"]);
+  });
+
+  test.each([
+    ["0, before the beginning", "0", [1_000_000, "[old] one", "[old] two"]],
+    ["the beginning", "1000000", [1_000_000, "[old] one", "[old] two"]],
+    ["between two batches", "1500000", [1_500_000, "[old] one", "[old] two"]],
+    ["a batch", "2000000", [2_000_000, "[old] two"]],
+    ["the last batch", "3000000", [3_000_000]],
+    ["nothing, which is its own arrival", "", [3_000_000]],
+  ])("from %s begins there, or where it can", async (_, since, [from, ...missed]) => {
+    const room = open({ db: writeHistory(OLD), keep: 0 });
+    const carol = await enter(room, "carol");
+    carol.send(`/since ${since}\n`);
+    expect(await carol.line()).toBe(`* Since ${from} until 3000000`);
+    const arrival = "* carol has joined the chat";
+    expect(await linesUntil(carol, arrival)).toEqual([...missed, arrival] as string[]);
+  });
+
+  test("from the future begins now", async () => {
+    const room = open({ db: writeHistory(OLD), keep: 0 });
+    const now = Date.now() * 1000;
+    const { peer: carol, from, until } = await follow(room, "carol", Number.MAX_SAFE_INTEGER);
+    expect(from).toBeWithin(now, now + 10_000_000);
+    expect(until).toBe(3_000_000);
+    carol.send("hello\n");
+    const { lines, at } = await nextBatch(carol);
+    expect(lines).toEqual(["[carol] hello"]);
+    expect(at).toBeGreaterThan(from);
+  });
+
+  test("is told where something is missing", async () => {
+    const file = writeHistory([...OLD, [4_000_000, ""], [5_000_000, "[old] three\n"]]);
+    const { peer: carol } = await follow(open({ db: file, keep: 0 }), "carol", 1_500_000);
+    expect(await carol.until("* carol has joined the chat")).toEqual([
+      "[old] one",
+      "* 2000000",
+      "[old] two",
+      "* 3000000",
+      "* Since 4000000 until 5000000",
+      "[old] three",
+      "* 5000000",
+    ]);
+  });
+
+  test("does not come of a bad position, which is explained", async () => {
+    const alice = await enter(open(), "alice");
+    for (const position of ["x", "-1", "1e3", "1 2", "1.5", "12345678901234567"]) {
+      alice.send(`/since ${position}\nhello\n`);
+      expect(await alice.ping()).toEqual(["* Say it like this: /since POSITION"]);
+    }
+  });
+
+  test("that half-closes gets all that it has missed, and then the end", async () => {
+    const { file, lines } = longHistory(1000, 2000);
+    const room = open({ db: file, keep: 0 });
+    const carol = await enter(room, "carol");
+    carol.send("/since 0\nbye\n");
+    carol.socket.shutdown();
+    const heard = (await carol.rest()).filter((line) => !MARK.test(line));
+    expect(heard.shift()).toMatch(SINCE);
+    expect(heard).toEqual([...lines, "* carol has joined the chat", "[carol] bye"]);
+  });
+
+  test("that reads slowly gets all in order, and is not dropped", async () => {
+    jest.useFakeTimers();
+    const { file, lines } = longHistory(3000, 4000);
+    const [room, alice] = await gather(open({ db: file, keep: 0 }), "alice");
+    const carol = await enter(room, "carol");
+    carol.socket.pause();
+    carol.send("/since 0\n");
+    await pass(6); // each 0.1 s with 256 KiB, as far as the kernel takes them
+    for (const line of numbered(10)) {
+      alice.send(`${line}\n`);
+      await pass(2);
+    }
+    expect(namesIn(room)).toEqual(["alice", "carol"]);
+    expect(queued(room, "carol")).toBeWithin(1, 0.5 * MIB); // the rest stays in the file
+
+    carol.socket.resume();
+    const heard: string[] = [];
+    while (heard.at(-1) !== "[alice] line 9") {
+      await pass(0.1);
+      for (let line = carol.take(); line !== undefined; line = carol.take())
+        if (!MARK.test(line)) heard.push(line);
+    }
+    expect(heard.shift()).toMatch(SINCE);
+    const arrivals = ["alice", "carol"].map((name) => `* ${name} has joined the chat`);
+    expect(heard).toEqual([...lines, ...arrivals, ...numbered(10, "alice")]);
+  });
+
+  test.each([
+    ["size", 265, 20_000],
+    ["number of batches", 18_000, 20],
+  ])("pays for what it has missed by its %s", async (_, count, length) => {
+    jest.useFakeTimers();
+    const { file } = longHistory(count, length);
+    const carol = await enter(open({ db: file, keep: 0, rate: 10 }), "carol");
+    carol.countsOnly = true;
+    const { total } = carol;
+
+    // 40 short lines' worth. At first there is credit for 15, and each second earns 10.
+    carol.send("/since 0\n");
+    const received: number[] = [];
+    for (let second = 0; second < 4; second++) {
+      for (let ms = 0; ms < 1000; ms++) {
+        jest.advanceTimersByTime(1);
+        await turns(1);
+      }
+      received.push(carol.total - total);
+    }
+    const parts = received.map((bytes) => bytes / (received[3] ?? NaN));
+    expect(parts[0]).toBeWithin(25 / 40, 29 / 40);
+    expect(parts[1]).toBeWithin(35 / 40, 39 / 40);
+    expect(parts[2]).toBe(1);
+  });
+});
+
+describe("a history in memory", () => {
+  test("keeps the last few megabytes of a flood", async () => {
+    const [room, alice, bob] = await gather(open(), "alice", "bob");
+    const before = Date.now() * 1000;
+    const lines = times(3000, (number) => `${number} `.padEnd(4000, "x"));
+    alice.send(toText(lines));
+    await bob.until(`[alice] ${lines.at(-1)}`);
+
+    const { peer: carol, from } = await follow(room, "carol", 1);
+    expect(from).toBeGreaterThan(before);
+    const kept = await linesUntil(carol, "* carol has joined the chat");
+    expect(carol.total).toBeWithin(2_000_000, 5_000_000);
+    expect(kept.slice(0, -1)).toEqual(
+      lines.slice(1 - kept.length).map((line) => `[alice] ${line}`),
+    );
+  });
+});
+
+describe("a history in a file", () => {
+  test.each([
+    ["30 days", 30, 34, ["[old] two", "[old] three"]],
+    ["40 days", 40, 36, ["[old] one", "[old] two", "[old] three"]],
+    ["ever", 0, 36, ["[old] one", "[old] two", "[old] three"]],
+  ])("is kept for %s, and nothing stays of what is forgotten", async (_, keep, first, said) => {
+    jest.useFakeTimers();
+    const now = Date.now();
+    const daysAgo = (days: number) => (now - days * 86_400_000) * 1000;
+    const secret = `* ${"secret".repeat(300)}`;
+    const file = writeHistory([
+      [daysAgo(36), ""],
+      ...times(100, (number): Row => [daysAgo(35) + number, `${secret}\n`]),
+      [daysAgo(34), "[old] one\n"],
+      [daysAgo(29), "[old] two\n"],
+      [daysAgo(1), "[old] three\n"],
+    ]);
+    const room = open({ db: file, keep });
+    await pass(2);
+
+    const { peer: carol, from } = await follow(room, "carol");
+    expect(from).toBe(daysAgo(first));
+    const heard = await linesUntil(carol, "* carol has joined the chat");
+    expect(heard.filter((line) => line.startsWith("["))).toEqual(said);
+
+    const isKept = said.includes("[old] one");
+    expect(heard.includes(secret)).toBe(isKept);
+    carol.socket.terminate();
+    await timeToStop(room);
+    expect(fs.readFileSync(file, "latin1").includes("secret")).toBe(isKept);
+  });
+
+  test("is of one room, and not of another in the same process", async () => {
+    const rooms = times(2, () => open({ db: newFile() }));
+    for (const [number, room] of rooms.entries()) {
+      const { peer } = await follow(room, `user${number}`);
+      peer.send(`in room ${number}\n`);
+      const said = `[user${number}] in room ${number}`;
+      expect(await linesUntil(peer, said)).toEqual([`* user${number} has joined the chat`, said]);
+    }
+  });
+
+  test("is free for others when its server could not listen", () => {
+    const { port } = open();
+    const db = newFile();
+    expect(() => open({ db, port })).toThrow();
+    open({ db });
+  });
+});
+
+describe.concurrent("bun server.ts --db", () => {
+  /** All files of a folder, and what is in them. */
+  const contents = (parent: string) =>
+    fs.readdirSync(parent).map((name) => [name, fs.readFileSync(`${parent}/${name}`, "base64")]);
+
+  test.each([
+    ["SIGTERM", ["chat.db"]],
+    ["SIGKILL", ["chat.db", "chat.db-wal"]],
+  ] as const)(
+    "goes on after %s where it was, and nobody else can read it",
+    async (signal, files) => {
+      const file = newFile();
+      const first = await serve("--rate", "0", "--db", file);
+      const alice = await enter(first, "alice");
+      const carol = await follow(first, "carol");
+      const heard = await batchesUntil(carol.peer, "* carol has joined the chat");
+      for (const line of numbered(50)) {
+        alice.send(`${line}\n`);
+        heard.push(...(await batchesUntil(carol.peer, `[alice] ${line}`)));
+      }
+      first.child.kill(signal);
+      for (const peer of [alice, carol.peer]) void peer.ended.promise.then(() => peer.socket.end());
+      await first.child.exited;
+      expect(fs.readdirSync(file.slice(0, -"/chat.db".length))).toEqual([...files]);
+      expect(fs.statSync(file).mode & 0o777).toBe(0o600);
+
+      const second = await serve("--db", file);
+      const dave = await follow(second, "dave");
+      expect(dave.from).toBe(carol.from);
+      const replay = await batchesUntil(dave.peer, "* dave has joined the chat");
+      expect(replay.slice(0, heard.length)).toEqual(heard);
+    },
+  );
+
+  const GARBAGE = Buffer.alloc(4096, "garbage ");
+  GARBAGE.writeUInt32BE(0x62756e63, 68);
+  const makeWith = (bytes: string | Buffer) => () => {
+    const file = newFile();
+    fs.writeFileSync(file, bytes);
+    return file;
+  };
+
+  test.each([
+    ["no name", () => "", 2, "--db takes the name of a file. See bun server.ts --help."],
+    ["a folder that is missing", () => `${newFile()}/chat.db`, 1, "there is no such folder"],
+    ["a folder", () => `${newFile()}/..`, 1, "it is a folder"],
+    ["a device", () => "/dev/null", 1, "it is not a file"],
+    ["a text", makeWith("My diary\n".repeat(20)), 1, "it belongs to another program"],
+    ["a short text", makeWith("x"), 1, "it belongs to another program"],
+    [
+      "a database of another program",
+      () => writeHistory([], { application: 0 }),
+      1,
+      "it belongs to another program",
+    ],
+    ["garbage", makeWith(GARBAGE), 1, "it is damaged"],
+    [
+      "a newer version",
+      () => writeHistory([], { version: 2 }),
+      1,
+      "it was made by a newer version of bun-chat",
+    ],
+  ])("with %s says what is wrong, and touches nothing", async (_, make, code, reason) => {
+    const file = make();
+    const parent = file.slice(0, file.lastIndexOf("/"));
+    const isOurs = parent.startsWith(folder) && fs.existsSync(parent);
+    const before = isOurs && contents(parent);
+    const command = [process.execPath, "server.ts", "--port", "0", "--db", file];
+    const err = code === 2 ? `${reason}\n` : `${file} cannot be the history: ${reason}.\n`;
+    expect(await inPipe(command).result()).toEqual({ code, out: "", err });
+    expect(isOurs && contents(parent)).toEqual(before);
+  });
+
+  test("says that another server uses the file, and leaves that one alone", async () => {
+    const file = newFile();
+    const first = await serve("--db", file);
+    const second = inPipe([process.execPath, "server.ts", "--port", "0", "--db", file]);
+    const err = `${file} cannot be the history: another server uses it.\n`;
+    expect(await second.result()).toEqual({ code: 1, out: "", err });
+    const { peer: alice } = await follow(first, "alice");
+    alice.send("hello\n");
+    await batchesUntil(alice, "[alice] hello");
+  });
+
+  /**
+   * Starts a server that can store about ten batches, each of which takes 4 KiB at first, and talks
+   * until it says so. Its clock is ten times as fast, so that it soon tries again.
+   */
+  async function serveOnFullDisk(file: string) {
+    const code = `
+      const { now } = performance;
+      performance.now = () => 10 * now.call(performance);
+      (await import("./server.ts")).main();`;
+    const options = ["--port", "0", "--rate", "0", "--quiet", "--db", file];
+    const script = `ulimit -S -f 64; trap "" XFSZ; exec "$0" "$@"`;
+    const command = [process.execPath, "--eval", code, "--", ...options];
+    const server = await serveBy(["bash", "-c", script, ...command]);
+    const [alice, bob] = await enterAll(server, "alice", "bob");
+    const said: string[] = [];
+
+    async function say(line: string): Promise<void> {
+      alice.send(`${line}\n`);
+      said.push(`[alice] ${line}`);
+      expect(await bob.line()).toBe(`[alice] ${line}`);
+    }
+
+    for (const line of numbered(40)) await say(line);
+    await server.err.until(/ The history cannot be stored: .*\. The chat goes on\.\n/);
+    const makeRoom = () =>
+      Bun.spawn(["prlimit", "--pid", `${server.pid}`, "--fsize=unlimited"]).exited;
+    return { server, bob, said, say, makeRoom };
+  }
+
+  /** What a follower hears before and behind a gap, without arrivals, and where it says to go on. */
+  function splitAtGap(heard: readonly string[]) {
+    const gaps = heard.filter((line) => SINCE.test(line));
+    expect(gaps).toHaveLength(1);
+
+    const [gap = ""] = gaps;
+    const place = heard.indexOf(gap);
+    const isSaid = (line: string) => line.startsWith("[");
+    return {
+      before: heard.slice(0, place).filter(isSaid),
+      after: heard.slice(place + 1).filter(isSaid),
+      from: Number(SINCE.exec(gap)?.[1]),
+    };
+  }
+
+  test("goes on while the disk is full, and tells what is missing in the history", async () => {
+    const { server, bob, said, say, makeRoom } = await serveOnFullDisk(newFile());
+    const tries = performance.now() + 250; // time enough for two more tries to store something
+    while (performance.now() < tries) await say("still there?");
+
+    const { peer: carol, until } = await follow(server, "carol");
+    expect(await bob.line()).toBe("* carol has joined the chat");
+    const missed = splitAtGap(await carol.ping());
+    expect(missed.before.length).toBeWithin(5, 15);
+    expect(missed.before).toEqual(said.slice(0, missed.before.length));
+    expect(missed.after).toHaveLength(0);
+    expect(missed.from).toBeGreaterThan(until); // nothing is known but what comes now
+
+    // There are marks as ever.
+    await say("hello");
+    const { lines, at } = await nextBatch(carol);
+    expect(lines).toEqual(["[alice] hello"]);
+    expect(at).toBeGreaterThan(until);
+
+    await makeRoom();
+    while (!server.err.text.includes("is stored again")) await say("again");
+    const { peer: dave } = await follow(server, "dave");
+    const { before, after } = splitAtGap(await linesUntil(dave, "* dave has joined the chat"));
+    expect(before).toEqual(missed.before);
+    expect(after).toEqual(said.slice(-after.length));
+    expect(after[0]).toBe("[alice] again");
+
+    const problems = server.err.text.trimEnd().split("\n");
+    expect(problems.map((line) => line.slice("2026-11-24 10:42:59 ".length))).toEqual([
+      expect.stringMatching(/^The history cannot be stored: .*\. The chat goes on\.$/),
+      "The history is stored again. Something is missing in it.",
+    ]);
+  });
+
+  test("leaves a file that knows what is missing at its end", async () => {
+    const file = newFile();
+    const { server, said, makeRoom } = await serveOnFullDisk(file);
+    await makeRoom();
+    server.child.kill("SIGTERM");
+    expect(await server.child.exited).toBe(0);
+
+    const { peer: carol } = await follow(await serve("--db", file), "carol");
+    const { before } = splitAtGap(await linesUntil(carol, "* carol has joined the chat"));
+    expect(before.length).toBeWithin(5, 15);
+    expect(before).toEqual(said.slice(0, before.length));
+  });
+});
+
+// --- 15. Faults --------------------------------------------------------------------------------
 
 /** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
 function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {
