@@ -3761,6 +3761,7 @@ function longHistory(count: number, length: number): { file: string; lines: stri
 
 const SINCE = /^\* Since (\d+) until (\d+)$/;
 const MARK = /^\* (\d+)$/;
+const ANSWERED = "* Answered";
 
 /** Enters, and says /since. Resolves with the two positions of the answer as well. */
 async function follow(server: Address, name: string, since: number | "" = 0) {
@@ -3906,14 +3907,21 @@ describe("a follower", () => {
     expect(await alice.line()).toBe("[carol -> alice] psst");
     alice.send("/msg carol hush\n");
     expect(await alice.line()).toBe("[alice -> carol] hush");
-    const answers = [present("alice", "carol"), "[carol -> alice] psst", "[alice -> carol] hush"];
-    expect(await carol.ping()).toEqual(answers);
-    expect(await carol.ping()).toEqual([]);
+    expect(await carol.lines(5)).toEqual([
+      present("alice", "carol"),
+      ANSWERED,
+      "[carol -> alice] psst",
+      ANSWERED,
+      "[alice -> carol] hush",
+    ]);
+    carol.send(`${"x".repeat(4097)}\n`);
+    expect(await carol.lines(2)).toEqual([TOO_LONG, ANSWERED]);
 
     // Those among the lines of a batch come before its mark.
     carol.send("one\n/msg alice psst\ntwo\n");
     const mixed = await nextBatch(carol);
-    expect(mixed.lines).toEqual(["[carol] one", "[carol -> alice] psst", "[carol] two"]);
+    const told = ["[carol -> alice] psst", ANSWERED];
+    expect(mixed.lines).toEqual(["[carol] one", ...told, "[carol] two"]);
 
     carol.send(`/since ${heard.at(-1)?.at}\n/history\n`);
     expect(await carol.line()).toMatch(SINCE);
@@ -3982,7 +3990,7 @@ describe("a follower", () => {
 
   test("does not come of a bad position, which is explained", async () => {
     const alice = await enter(open(), "alice");
-    for (const position of ["x", "-1", "1e3", "1 2", "1.5", "12345678901234567"]) {
+    for (const position of ["x", "-", "1e3", "1 2", "1.5", "12345678901234567"]) {
       alice.send(`/since ${position}\nhello\n`);
       expect(await alice.ping()).toEqual(["* Say it like this: /since POSITION"]);
     }
@@ -4027,8 +4035,8 @@ describe("a follower", () => {
   });
 
   test.each([
-    ["size", 265, 20_000],
-    ["number of batches", 18_000, 20],
+    ["size", 613, 20_000],
+    ["number of batches", 23_172, 20],
   ])("pays for what it has missed by its %s", async (_, count, length) => {
     jest.useFakeTimers();
     const { file } = longHistory(count, length);
@@ -4036,20 +4044,54 @@ describe("a follower", () => {
     carol.countsOnly = true;
     const { total } = carol;
 
-    // 40 short lines' worth. At first there is credit for 15, and each second earns 10.
+    // 12 MiB's worth. Two seconds' worth comes at once, and each second is worth 2 MiB.
     carol.send("/since 0\n");
     const received: number[] = [];
-    for (let second = 0; second < 4; second++) {
+    for (let second = 0; second < 5; second++) {
       for (let ms = 0; ms < 1000; ms++) {
         jest.advanceTimersByTime(1);
         await turns(1);
       }
       received.push(carol.total - total);
     }
-    const parts = received.map((bytes) => bytes / (received[3] ?? NaN));
-    expect(parts[0]).toBeWithin(25 / 40, 29 / 40);
-    expect(parts[1]).toBeWithin(35 / 40, 39 / 40);
-    expect(parts[2]).toBe(1);
+    const parts = received.map((bytes) => bytes / (received[4] ?? NaN));
+    expect(parts[0]).toBeWithin(6 / 12, 7 / 12);
+    expect(parts[1]).toBeWithin(8 / 12, 9 / 12);
+    expect(parts[3]).toBe(1);
+  });
+
+  test("pays itself, and not with the time of others at its address", async () => {
+    jest.useFakeTimers();
+    const { file } = longHistory(2000, 4000);
+    const room = open({ db: file, keep: 0, rate: 10, maxPerAddress: 9 });
+    const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
+    await pass(10);
+    carol.send(`${"/since 0\n/history 200\n".repeat(9)}late\n`);
+    await pass(5);
+    alice.send("early\n");
+    await pass(0.2);
+    expect(bob.take()).toBe("[alice] early");
+    expect(bob.take()).toBeUndefined();
+  });
+
+  test("may ask for the last lines before it came", async () => {
+    const [room, alice] = await gather(open(), "alice");
+    alice.send("one\ntwo\n/who\nthree\n");
+    await alice.line();
+    const carol = await enter(room, "carol");
+    alice.send("four\n");
+    await carol.line();
+    carol.send("/since -2\n");
+    const lines = await carol.lines(3);
+    expect(lines.map((line) => line.replace(/\d{16}/g, "AT"))).toEqual([
+      "* AT [alice] two",
+      "* AT [alice] three",
+      "* Since AT until AT",
+    ]);
+    expect(await linesUntil(carol, "[alice] four")).toEqual([
+      "* carol has joined the chat",
+      "[alice] four",
+    ]);
   });
 });
 
@@ -4257,6 +4299,7 @@ describe.concurrent("bun server.ts --db", () => {
     const { peer: carol, until } = await follow(server, "carol");
     expect(await bob.line()).toBe("* carol has joined the chat");
     const missed = splitAtGap(await carol.ping());
+    expect(await carol.line()).toBe(ANSWERED);
     expect(missed.before.length).toBeWithin(5, 15);
     expect(missed.before).toEqual(said.slice(0, missed.before.length));
     expect(missed.after).toHaveLength(0);
@@ -4269,7 +4312,7 @@ describe.concurrent("bun server.ts --db", () => {
     expect(at).toBeGreaterThan(until);
 
     await makeRoom();
-    while (!server.err.text.includes("is stored again")) await say("again");
+    while (!server.err.text.includes("can be stored again")) await say("again");
     const { peer: dave } = await follow(server, "dave");
     const { before, after } = splitAtGap(await linesUntil(dave, "* dave has joined the chat"));
     expect(before).toEqual(missed.before);
@@ -4279,16 +4322,20 @@ describe.concurrent("bun server.ts --db", () => {
     const problems = server.err.text.trimEnd().split("\n");
     expect(problems.map((line) => line.slice("2026-11-24 10:42:59 ".length))).toEqual([
       expect.stringMatching(/^The history cannot be stored: .*\. The chat goes on\.$/),
-      "The history is stored again. Something is missing in it.",
+      "The history can be stored again. Something is missing in it.",
     ]);
   });
 
-  test("leaves a file that knows what is missing at its end", async () => {
+  test.each([
+    ["SIGTERM", "there is room again", 0],
+    ["SIGTERM", "the disk is still full", 0],
+    ["SIGKILL", "the disk is still full", 137],
+  ] as const)("knows what is missing after %s when %s", async (signal, state, code) => {
     const file = newFile();
     const { server, said, makeRoom } = await serveOnFullDisk(file);
-    await makeRoom();
-    server.child.kill("SIGTERM");
-    expect(await server.child.exited).toBe(0);
+    if (state === "there is room again") await makeRoom();
+    server.child.kill(signal);
+    expect(await server.child.exited).toBe(code);
 
     const { peer: carol } = await follow(await serve("--db", file), "carol");
     const { before } = splitAtGap(await linesUntil(carol, "* carol has joined the chat"));

@@ -72,24 +72,26 @@ const NO_ANSWER = 55_000; // without a sign of life from a peer that cannot be r
 const MAX_GATHER = 1; // that a line may wait for others to leave together with
 const MAX_NEWS_DELAY = 50; // that arrivals and departures may wait to be told in a very large room
 
-// History.
+// The history.
 const DEFAULT_RECALL = 20; // lines that /history shows
 const MAX_RECALL = 200; // and the most that it shows
-const MAX_REPLAY = 256 * KIB; // characters that a follower gets at once of what it has missed
-const MAX_REPLAY_BATCHES = 1000; // and batches
-const HISTORY_MEMORY = 4 * MIB; // of a history that is in no file, in bytes
+const MAX_SEARCH = 100_000; // batches in which the last lines that were said are looked for
+const HISTORY_MEMORY = 4 * MIB; // bytes of a history that is in no file
 const CHECK_MEMORY = 64 * KIB; // characters that are stored between two looks at that memory
-const FORGET_AT_ONCE = 64; // batches
-const FORGET_BYTES = 64 * KIB; // of such batches, apart from the last one
-const FORGETTING = 2; // ms that may be spent on it in one turn
-const FORGET_MORE = 50; // ms until there is more of it
-const FORGET_AGAIN = 60_000; // ms until the next try after it has failed
 const STORE_AGAIN = 1000; // ms until the next try after the history could not be stored
-const OVERWRITE = 60_000; // ms at least until what is forgotten is overwritten in the file as well
-const MAX_SEARCH = 100_000; // batches that are searched for the last lines that were said
 const DAY = 86_400_000; // ms
 
-// A follower catches up faster than the room can talk, or it never would.
+// Forgetting.
+const FORGET_AT_ONCE = 64; // batches that one statement deletes
+const FORGET_BYTES = 64 * KIB; // of these batches, not counting the last one
+const FORGETTING = 2; // ms that may be spent on it in one turn
+const FORGET_MORE = 50; // ms until the next turn
+const FORGET_AGAIN = 60_000; // ms until the next try after it has failed
+const OVERWRITE = 60_000; // ms at least between two times that the file is cleared of it
+
+// A follower must catch up faster than the room talks.
+const MAX_REPLAY = 256 * KIB; // characters that it gets at once
+const MAX_REPLAY_BATCHES = 1000; // and batches
 const REPLAY_RATE = 2 * MIB; // bytes a second
 const BATCH_OVERHEAD = 512; // bytes that a batch counts besides its text
 
@@ -162,7 +164,7 @@ class Server {
   flushes = 0; // so far
   newsNotBefore = 0; // ms; before then no flush only for arrivals and departures
   leavers: Client[] = []; // have left the room; the next flush has their last bytes
-  newFollowers: { client: Client; since: number }[] = []; // get what they missed after the next flush
+  newFollowers: Client[] = []; // they get what they have missed after the next flush
   sliced = new Set<Client>(); // have used up a slice; they are read from after the next flush
   turnDeadline = 0; // ms; what comes later waits for the next turn; 0 between turns
   answerBytes = 0; // of answers and rosters in this turn
@@ -201,12 +203,18 @@ type Phase = "connecting" | "naming" | "joined" | "closing";
 /**
  * Whether a client hears what it says itself, and a mark behind each batch: see "Followers".
  * - no: it is a person, or a program that does not care.
- * - asked: it will, after the next flush.
- * - replaying: it gets what it has missed, and the batches later.
- * - draining: likewise, when its queue is empty.
+ * - asked: it wants to, and gets what it has missed after the next flush.
+ * - replaying: it gets what it has missed.
+ * - draining: it gets more of that when its queue is empty.
  * - live: it gets each batch and its mark.
  */
-type Following = "no" | "asked" | "replaying" | "draining" | "live";
+type Following =
+  | { is: "no" | "live" }
+  | { is: "asked"; from: Start }
+  | { is: "replaying" | "draining"; until: number }; // the position up to which it has everything
+
+/** Where a replay begins: behind a position, or with the last lines that were said before. */
+type Start = { position: number } | { lastLines: number };
 
 /** One connection, from accept to close. It is the `socket.data` of its socket. */
 class Client {
@@ -235,9 +243,8 @@ class Client {
   queued = 0; // bytes in the queue
   unreadPrivates = 0; // bytes of its own private messages that wait in queues of others
 
-  following: Following = "no";
+  following: Following = { is: "no" };
   joinedAfter = 0; // position of the last batch before it joined
-  replayedUntil = 0; // position of the last batch that it has, or knows to be missing
   replay: Account = { paidUntil: -Infinity }; // of what it has missed
 
   constructor(
@@ -847,7 +854,7 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
 
   const wasJoined = client.phase === "joined";
   if (wasJoined) {
-    catchUp(client, server.batchBytes);
+    extendOwnBatch(client, server.batchBytes);
     server.leavers.push(client);
   }
   removeClient(server, client);
@@ -1057,7 +1064,7 @@ function readLines(server: Server, client: Client): void {
 
     takeLine(server, client, bytes, start, end);
     start = newline + 1;
-    if (client.following === "asked") {
+    if (client.following.is === "asked") {
       holdBack(server, client, bytes.subarray(start)); // until it has what it has missed
       return;
     }
@@ -1171,6 +1178,7 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
   }
   if (end - start > MAX_LINE) {
     tell(server, client, `* Your message was longer than ${MAX_LINE} bytes and was not sent.`);
+    confirmAnswer(server, client);
     return;
   }
 
@@ -1179,6 +1187,7 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
   const line = cleanText(typed);
   if (typed.startsWith("/") && !typed.startsWith("//")) {
     runCommand(server, client, line);
+    confirmAnswer(server, client);
   } else if (/\S/.test(line)) {
     const text = typed.startsWith("//") ? line.slice(1) : line;
     propose(server, client, { type: "say", clientId: client.id, text });
@@ -1205,8 +1214,8 @@ function countLines(bytes: Buffer): number {
 
 /** Says a line, without its ending, to everybody in the room but its sender, if it has one. */
 export function broadcastMessage(server: Server, line: string, sender?: Client): void {
-  const isLeftOut = sender?.following === "no"; // a follower hears itself
-  if (isLeftOut) catchUp(sender, server.batchBytes);
+  const isLeftOut = sender?.following.is === "no"; // a follower hears itself
+  if (isLeftOut) extendOwnBatch(sender, server.batchBytes);
   server.batch += line + "\n";
   server.batchBytes += Buffer.byteLength(line) + 1;
   if (isLeftOut) sender.ownBatchEnd = server.batchBytes;
@@ -1224,7 +1233,7 @@ function tell(server: Server, client: Client, line: string): void {
     return;
   }
 
-  const parts = catchUp(client, server.batchBytes);
+  const parts = extendOwnBatch(client, server.batchBytes);
   const last = parts.at(-1);
   if (last && "text" in last) last.text += text;
   else parts.push({ text });
@@ -1232,7 +1241,7 @@ function tell(server: Server, client: Client, line: string): void {
 }
 
 /** Gives a client a batch of its own, with all of the common batch up to `end` that it should get. */
-function catchUp(client: Client, end: number): Part[] {
+function extendOwnBatch(client: Client, end: number): Part[] {
   client.ownBatch ??= [];
   if (!hearsBatches(client)) return client.ownBatch;
   if (client.ownBatchEnd < end) client.ownBatch.push({ start: client.ownBatchEnd, end });
@@ -1294,8 +1303,8 @@ function flush(server: Server): void {
   // Iterate over a copy: an exception may remove a client.
   for (const client of [...server.clients]) {
     try {
-      const news = client.following === "live" ? markedBatch : batch;
-      sendBatch(server, client, news); // not by `serve`, whose closures would cost a few percent
+      const isLive = client.following.is === "live";
+      sendBatch(server, client, isLive ? markedBatch : batch); // not by `serve`, whose closures would cost a few percent
     } catch (error) {
       handleError(server, client.socket, error);
     }
@@ -1317,7 +1326,7 @@ function sendBatch(server: Server, client: Client, batch: Piece): void {
     return;
   }
 
-  catchUp(client, batch.end);
+  extendOwnBatch(client, batch.end);
   sendTogether(server, client, takeOwnBatch(client, batch.parcel));
   countPrivates(client);
 }
@@ -1461,7 +1470,7 @@ function sendQueue(server: Server, client: Client): void {
   }
   for (const entry of client.queue.splice(0, done)) dropEntry(server, entry);
   finishWriting(client);
-  if (client.following === "draining") scheduleReplay(server, client);
+  if (client.following.is === "draining") scheduleReplay(server, client);
 }
 
 /** An entry has left a queue. */
@@ -1565,7 +1574,7 @@ function sendHelp(server: Server, client: Client): void {
 function sendNames(server: Server, client: Client): void {
   server.whoAnswer ??= new Parcel(Buffer.from(listPeople(server)));
   const parcel = server.whoAnswer;
-  catchUp(client, server.batchBytes).push(wholeOf(parcel));
+  extendOwnBatch(client, server.batchBytes).push(wholeOf(parcel));
   scheduleFlush(server, true);
   chargeAnswer(server, client, parcel.bytes.length);
 }
@@ -1620,16 +1629,16 @@ function quit(server: Server, client: Client): void {
   dismiss(server, client);
 }
 
-// --- History -----------------------------------------------------------------------------------
+// --- The history -------------------------------------------------------------------------------
 // The history is what the room has heard: no private messages, no answers, no refusals. Each batch is
-// a row of a SQLite table, stored as it goes out and before it does. Its position is its time in µs,
-// which no other batch has. An empty row is a gap: what came just before it is not known. The first
-// row is always one.
+// a row of a SQLite table, stored just before it is sent. Its position is its time in µs, which no
+// other batch has. An empty row is a gap: what came just before it is not known. The first row is
+// always one.
 
 type Batch = { at: number; text: string };
 type History = ReturnType<typeof openHistory>;
 
-// Each entry makes a file of the version before one newer.
+// Entry N upgrades a file from version N to N + 1.
 const SCHEMA = ["CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT"];
 const IN_MEMORY = ":memory:";
 const APPLICATION_ID = 0x62_75_6e_63; // "bunc", in bytes 68 to 71 of the file (SQLite, file format)
@@ -1655,67 +1664,57 @@ function reasonOf(error: unknown): string {
  */
 function openHistory({ db: file, logError }: ServerOptions) {
   const database = openDatabase(file);
-  const insert = database.query<null, [number, string]>("INSERT INTO history VALUES (?, ?)");
-  const select = database.query<Batch, [number]>(
-    "SELECT at, text FROM history WHERE at > ? ORDER BY at LIMIT 1",
-  );
-  const selectSaid = database.query<Batch, [number, number]>(
-    `SELECT at, text FROM (SELECT at, text FROM history WHERE at < ? ORDER BY at DESC LIMIT ?)
-     WHERE instr(char(10) || text, char(10) || '[') > 0 LIMIT 1`,
-  );
-  // The oldest batches, with what stands before each of them, in bytes.
-  const selectOldest = database.query<{ first: number; last: number }, [number, number, number]>(
-    `SELECT min(at) AS first, max(at) AS last FROM (
-       SELECT at, sum(octet_length(text)) OVER (ORDER BY at) - octet_length(text) AS before
-       FROM history WHERE at < ? ORDER BY at LIMIT ?)
-     WHERE before <= ?`,
-  );
-  const empty = database.query<null, [number]>("UPDATE history SET text = '' WHERE at = ?");
-  const remove = database.query<null, [number]>("DELETE FROM history WHERE at < ?");
-  const measure = database.query<{ bytes: number }, []>(
-    `SELECT (page_count - freelist_count) * page_size AS bytes
-     FROM pragma_page_count, pragma_freelist_count, pragma_page_size`,
-  );
+  const statements = prepareStatements(database);
 
   let position = lastPosition(database);
-  let gap = 0; // position of the last batch, if it could not be stored
-  let storeNotBefore = 0; // ms
-  let forgetNotBefore = 0; // ms
-  let forgetting: Timer | undefined; // there is more to forget
-  let overwriteNotBefore = 0; // ms
-  let isOverwritten = true; // all that was forgotten is
+  let failure: { at: number; retryAfter: number } | null = null; // the last batch was not stored
   let unmeasured = 0; // characters stored since the last look at the memory
+  let forgetting: Timer | undefined; // there is more to forget
+  let forgetAfter = -Infinity; // ms
+  let overwriteAfter = -Infinity; // ms
+  let isOverwritten = true; // all that was forgotten is
 
   function store(text: string): void {
-    if (gap > 0) insert.run(gap, "");
-    insert.run(position, text);
-    if (gap > 0) logError?.("The history is stored again. Something is missing in it.");
-    gap = 0;
+    if (failure) {
+      statements.insert.run(failure.at, "");
+      logError?.("The history can be stored again. Something is missing in it.");
+      failure = null;
+    }
+    statements.insert.run(position, text);
+    unmeasured += text.length;
+    if (file === undefined && unmeasured > CHECK_MEMORY) keepSmall();
+  }
+
+  function keepSmall(): void {
+    unmeasured = 0;
+    while ((statements.measure.get()?.bytes ?? 0) > HISTORY_MEMORY) {
+      if (!forget(position)) break;
+    }
+  }
+
+  function handleFailure(error: unknown): void {
+    if (!failure) {
+      logError?.(`The history cannot be stored: ${reasonOf(error)}. The chat goes on.`);
+      markIncomplete(file);
+    }
+    failure = { at: position, retryAfter: performance.now() + STORE_AGAIN };
   }
 
   /** Forgets some batches that are older than a position. @returns whether there were any */
   function forget(before: number): boolean {
-    const oldest = selectOldest.get(before, FORGET_AT_ONCE, FORGET_BYTES);
+    const oldest = statements.selectOldest.get(before, FORGET_AT_ONCE, FORGET_BYTES);
     if (!oldest || oldest.first === oldest.last) return false;
-    empty.run(oldest.last); // comes first: a crash behind it leaves two gaps, and not none
-    remove.run(oldest.last);
+    statements.empty.run(oldest.last); // first, so that a crash in between leaves no gap unknown
+    statements.remove.run(oldest.last);
     isOverwritten = false;
     return true;
   }
 
-  /** What was forgotten is no longer in the file when all changes are, and the -wal is empty. */
-  function overwrite(): void {
-    if (isOverwritten || performance.now() < overwriteNotBefore) return;
-    database.run("PRAGMA wal_checkpoint(TRUNCATE)");
-    overwriteNotBefore = performance.now() + OVERWRITE;
-    isOverwritten = true;
-  }
-
-  /** Forgets what is behind a position, in small steps that are not felt. */
+  /** Forgets what is older than a position, in small steps. */
   function forgetBefore(oldest: number): void {
     const started = performance.now();
     clearTimeout(forgetting);
-    if (started < forgetNotBefore) return;
+    if (started < forgetAfter) return;
     try {
       while (forget(oldest)) {
         if (performance.now() < started + FORGETTING) continue;
@@ -1724,16 +1723,17 @@ function openHistory({ db: file, logError }: ServerOptions) {
       }
       overwrite();
     } catch (error) {
-      if (gap === 0) logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
-      forgetNotBefore = started + FORGET_AGAIN;
+      if (!failure) logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
+      forgetAfter = started + FORGET_AGAIN;
     }
   }
 
-  function keepSmall(stored: number): void {
-    unmeasured += stored;
-    if (file !== undefined || unmeasured < CHECK_MEMORY) return;
-    unmeasured = 0;
-    while ((measure.get()?.bytes ?? 0) > HISTORY_MEMORY) forget(position);
+  /** Until the -wal file is written into the other one, both still hold what was forgotten. */
+  function overwrite(): void {
+    if (isOverwritten || performance.now() < overwriteAfter) return;
+    database.run("PRAGMA wal_checkpoint(TRUNCATE)");
+    overwriteAfter = performance.now() + OVERWRITE;
+    isOverwritten = true;
   }
 
   return {
@@ -1742,34 +1742,29 @@ function openHistory({ db: file, logError }: ServerOptions) {
       return position;
     },
 
+    forgetBefore,
+
     /** Stores a batch. What cannot be stored is a gap. @returns its position */
     save(text: string): number {
       position = Math.max(position + 1, Date.now() * 1000);
-      if (gap > 0 && performance.now() < storeNotBefore) {
-        gap = position;
+      if (failure && performance.now() < failure.retryAfter) {
+        failure.at = position;
         return position;
       }
       try {
         store(text);
-        keepSmall(text.length);
       } catch (error) {
-        const words = `The history cannot be stored: ${reasonOf(error)}. The chat goes on.`;
-        if (gap === 0) {
-          logError?.(words);
-          markIncomplete(file);
-        }
-        gap = position;
-        storeNotBefore = performance.now() + STORE_AGAIN;
+        handleFailure(error);
       }
       return position;
     },
 
-    /** The first batch after a position, which is empty if something is missing before its end. */
+    /** The first batch behind a position, which is empty if something is missing before its end. */
     next(after: number): Batch | null {
       try {
-        const batch = select.get(after);
+        const batch = statements.select.get(after);
         if (batch) return batch;
-        return gap > after ? { at: gap, text: "" } : null;
+        return failure && failure.at > after ? { at: failure.at, text: "" } : null;
       } catch (error) {
         logError?.(`The history cannot be read: ${reasonOf(error)}.`);
         return position > after ? { at: position, text: "" } : null;
@@ -1780,12 +1775,12 @@ function openHistory({ db: file, logError }: ServerOptions) {
     lastSaid(): Said[] {
       let said: Said[] = [];
       try {
-        let batch = selectSaid.get(Number.MAX_SAFE_INTEGER, MAX_SEARCH);
+        let batch = statements.selectSaid.get(Number.MAX_SAFE_INTEGER, MAX_SEARCH);
         while (batch && said.length < MAX_RECALL) {
           const { at, text } = batch;
           const lines = text.split("\n").filter((line) => line.startsWith("["));
           said = [...lines.map((line) => ({ at, line })), ...said].slice(-MAX_RECALL);
-          batch = selectSaid.get(at, MAX_SEARCH);
+          batch = statements.selectSaid.get(at, MAX_SEARCH);
         }
       } catch (error) {
         logError?.(`The history cannot be read: ${reasonOf(error)}.`);
@@ -1793,22 +1788,56 @@ function openHistory({ db: file, logError }: ServerOptions) {
       return said;
     },
 
-    forgetBefore,
-
     /** Leaves one file behind, which knows what is missing in it. */
     close(): void {
       clearTimeout(forgetting);
       try {
-        if (gap > 0) insert.run(gap, "");
-        gap = 0;
-      } catch {} // the server has said why
+        if (failure) statements.insert.run(failure.at, "");
+        failure = null;
+      } catch {} // why it cannot be stored was said before
       try {
         database.close(true);
       } catch (error) {
         logError?.(`The history cannot be closed: ${reasonOf(error)}.`);
       }
-      if (gap > 0) markIncomplete(file);
+      if (failure) markIncomplete(file);
     },
+  };
+}
+
+function prepareStatements(database: Database) {
+  return {
+    insert: database.query<null, [at: number, text: string]>("INSERT INTO history VALUES (?, ?)"),
+
+    select: database.query<Batch, [after: number]>(
+      "SELECT at, text FROM history WHERE at > ? ORDER BY at LIMIT 1",
+    ),
+
+    /** The last batch before a position in which somebody says something. */
+    selectSaid: database.query<Batch, [before: number, batches: number]>(
+      `SELECT at, text FROM (SELECT at, text FROM history WHERE at < ? ORDER BY at DESC LIMIT ?)
+       WHERE instr(char(10) || text, char(10) || '[') > 0 LIMIT 1`,
+    ),
+
+    /** The positions of the first and the last of the oldest batches. */
+    selectOldest: database.query<
+      { first: number; last: number },
+      [before: number, batches: number, bytes: number]
+    >(
+      `SELECT min(at) AS first, max(at) AS last FROM (
+         SELECT at, sum(octet_length(text)) OVER (ORDER BY at) - octet_length(text) AS bytesBefore
+         FROM history WHERE at < ? ORDER BY at LIMIT ?)
+       WHERE bytesBefore <= ?`,
+    ),
+
+    empty: database.query<null, [at: number]>("UPDATE history SET text = '' WHERE at = ?"),
+
+    remove: database.query<null, [before: number]>("DELETE FROM history WHERE at < ?"),
+
+    measure: database.query<{ bytes: number }, []>(
+      `SELECT (page_count - freelist_count) * page_size AS bytes
+       FROM pragma_page_count, pragma_freelist_count, pragma_page_size`,
+    ),
   };
 }
 
@@ -1906,7 +1935,7 @@ function storeBatch(server: Server, text: string): string {
   return markOf(at);
 }
 
-/** Remembers what somebody says for /history, also in its own batch. */
+/** Remembers a line for /history. Its position is about right until its batch is stored. */
 function rememberSaid(server: Server, line: string): void {
   if (server.said.length >= 2 * MAX_RECALL) server.said = server.said.slice(-MAX_RECALL);
   server.said.push({ at: Math.max(server.history.position + 1, Date.now() * 1000), line });
@@ -1941,10 +1970,11 @@ function sendHistory(server: Server, client: Client, rest: string): void {
     return;
   }
 
-  const { parcel, starts } = client.following === "no" ? forPeople(server) : forFollowers(server);
+  const { parcel, starts } =
+    client.following.is === "no" ? forPeople(server) : forFollowers(server);
   const start = starts.at(-(count || DEFAULT_RECALL)) ?? 0;
   const end = parcel.bytes.length;
-  catchUp(client, server.batchBytes).push({ parcel, start, end });
+  extendOwnBatch(client, server.batchBytes).push({ parcel, start, end });
   scheduleFlush(server, true);
   server.answerBytes += end - start;
   client.sliceUsed += end - start;
@@ -1981,18 +2011,19 @@ function formatTime(at: number): string {
 
 // --- Followers ---------------------------------------------------------------------------------
 // A program that must not miss a line says /since. From then on it is a follower: it hears its own
-// lines, too, and behind each batch a mark, "* POSITION". When its connection is lost, it comes back
-// and says "/since POSITION", with the last mark. The answer begins with
+// lines, too, behind each batch a mark, "* POSITION", and behind the answer to each of its commands
+// "* Answered". When its connection is lost, it comes back and says "/since POSITION", with the last
+// mark. The answer begins with
 //
-//     * Since POSITION until POSITION
+//     * Since FROM until JOINED
 //
-// The first of these is what it has asked for, or another one if something is missing. Where something
-// is missing later on, such a line comes again. The second one is the last position before it joined:
-// the first batch behind it has its own arrival, and all that its earlier connections have said comes
-// before, if it had the same name. Then come the batches and their marks, as they have come to everybody else.
+// and goes on with the batches behind FROM and their marks. From FROM on, nothing is missing. If
+// something is missing later on, such a line comes again there. JOINED is the last position before the
+// client joined, so the next batch has its arrival. What it said on an earlier connection, under the
+// same name, comes before that arrival, or did not arrive.
 //
-// "/since" alone asks for everything since it joined, and "/since -N" first for the last N lines that
-// were said before.
+// "/since" alone asks for everything since the client joined, and "/since -N" first for the last N lines
+// that were said before.
 
 function markOf(at: number): string {
   return `* ${at}\n`;
@@ -2005,64 +2036,78 @@ function follow(server: Server, client: Client, rest: string): void {
     return;
   }
 
-  // What it should still get of this batch comes with the others, in order.
-  const told = client.ownBatch?.filter((part) => "text" in part || "parcel" in part) ?? [];
-  client.ownBatch = told.length > 0 ? told : null;
+  const number = rest === "" ? client.joinedAfter : Number(rest);
+  const from = rest.startsWith("-") ? { lastLines: -number } : { position: number };
+  client.following = { is: "asked", from };
+
+  // The replay brings what it should still get of this batch. Only what it was told comes nowhere else.
+  const isTold = (part: Part) => "text" in part || "parcel" in part;
+  client.ownBatch = client.ownBatch?.filter(isTold) ?? null;
   client.ownBatchEnd = 0;
-  client.following = "asked";
-  const since = rest === "" ? client.joinedAfter : Number(rest);
-  server.newFollowers.push({ client, since });
+  server.newFollowers.push(client);
   scheduleFlush(server, true);
 }
 
 /** Whether a client gets the batches as they come. */
 function hearsBatches({ following }: Client): boolean {
-  return following === "no" || following === "live";
+  return following.is === "no" || following.is === "live";
 }
 
-/** The batch with the arrival of each new follower is stored now. */
+/** Ends the answer to a command, or to a line that is too long: a follower has to know what has arrived. */
+function confirmAnswer(server: Server, client: Client): void {
+  const isLive = client.phase === "joined" && client.following.is === "live";
+  if (isLive) tell(server, client, "* Answered");
+}
+
+/** Called behind a flush, when the arrival of each new follower is in the history. */
 function startReplays(server: Server): void {
-  for (const { client, since } of server.newFollowers.splice(0))
-    postpone(server, client, () => startReplay(server, client, since));
+  for (const client of server.newFollowers.splice(0))
+    postpone(server, client, () => startReplay(server, client));
 }
 
-function startReplay(server: Server, client: Client, since: number): void {
-  const { history } = server;
-  const isRecall = since < 0; // a number of lines
-  const start = isRecall ? client.joinedAfter : Math.min(since, history.position);
-  const first = history.next(start);
-  client.replayedUntil = first?.text === "" ? first.at : start;
+function startReplay(server: Server, client: Client): void {
+  if (client.following.is !== "asked") return;
+  const { from } = client.following;
+  const recalled = "lastLines" in from ? recall(server, client, from.lastLines) : "";
 
-  const recalled = isRecall ? recall(server, client, -since) : "";
-  continueReplay(server, client, recalled + sinceLine(client));
+  const { history } = server;
+  const asked = "lastLines" in from ? client.joinedAfter : from.position;
+  const start = Math.min(asked, history.position); // it may be of another history
+  const first = history.next(start);
+  const until = first?.text === "" ? first.at : start;
+  client.following = { is: "replaying", until };
+  continueReplay(server, client, recalled + sinceLine(client, until));
 }
 
 /** The last lines that people have said before a client joined. */
 function recall({ said }: Server, { joinedAfter }: Client, count: number): string {
-  const lines = said.filter(({ at }) => at <= joinedAfter).slice(-Math.min(count, MAX_RECALL));
+  const before = said.filter(({ at }) => at <= joinedAfter);
+  const first = Math.max(0, before.length - Math.min(count, MAX_RECALL));
+  const lines = before.slice(first);
   return lines.map(({ at, line }) => `* ${at} ${line}\n`).join("");
 }
 
-function sinceLine({ replayedUntil, joinedAfter }: Client): string {
-  return `* Since ${replayedUntil} until ${joinedAfter}\n`;
+function sinceLine({ joinedAfter }: Client, position: number): string {
+  return `* Since ${position} until ${joinedAfter}\n`;
 }
 
 /** Sends some of what a client has missed. When that was all, it gets the batches as they come. */
 function continueReplay(server: Server, client: Client, begin = ""): void {
-  if (client.phase !== "joined") return;
+  if (client.phase !== "joined" || client.following.is !== "replaying") return;
   if (isTurnOver(server)) {
     postpone(server, client, () => continueReplay(server, client, begin));
     return;
   }
 
   let text = begin;
+  let { until } = client.following;
   let batches = 0;
-  let batch = server.history.next(client.replayedUntil);
+  let batch = server.history.next(until);
   while (batch && batches < MAX_REPLAY_BATCHES && text.length < MAX_REPLAY) {
-    client.replayedUntil = batch.at;
-    text += batch.text === "" ? sinceLine(client) : batch.text + markOf(batch.at);
+    until = batch.at;
+    text += batch.text === "" ? sinceLine(client, until) : batch.text + markOf(until);
     batches++;
-    batch = server.history.next(batch.at);
+    batch = server.history.next(until);
   }
 
   const parcel = new Parcel(Buffer.from(text));
@@ -2070,26 +2115,29 @@ function continueReplay(server: Server, client: Client, begin = ""): void {
   payForReplay(server, client, parcel.bytes.length + batches * BATCH_OVERHEAD);
 
   if (batch) {
+    client.following = { is: "draining", until };
     scheduleReplay(server, client);
   } else {
-    client.following = "live";
+    client.following = { is: "live" };
     readOn(server, client);
   }
 }
 
-/** Many may come back at once from one address, so each pays on its own. */
+/** Charges for bytes of the history. @returns ms until they are paid for */
 function payForReplay(server: Server, client: Client, bytes: number): number {
   const { rate } = server.options;
   if (rate === 0) return 0;
-  spend(client, bytes / HISTORY_BYTES_PER_UNIT, rate); // its next line waits for that
+
+  // Many may come back at once from one address, so each pays on its own.
+  spend(client, bytes / HISTORY_BYTES_PER_UNIT, rate); // for which its next line waits
   return spend(client.replay, bytes, REPLAY_RATE, NEWCOMER_BURST);
 }
 
 /** Goes on when a client has read what it got, and has paid for it. */
 function scheduleReplay(server: Server, client: Client): void {
-  client.following = client.queue.length > 0 ? "draining" : "replaying";
-  if (client.following === "draining") return; // `sendQueue` comes back
+  if (client.following.is !== "draining" || client.queue.length > 0) return;
 
+  client.following = { is: "replaying", until: client.following.until };
   const wait = payForReplay(server, client, 0);
   setTimeout(postpone, wait, server, client, () => continueReplay(server, client));
 }
