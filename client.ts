@@ -56,8 +56,8 @@ const MAX_SHOWN = 8192; // characters of a line that are shown; a message has 40
 const MAX_ANSWER = 20; // lines that a server may use for a refusal
 const MAX_TYPED = 8192; // characters of a line that is being typed
 const MAX_PEOPLE = 10_000; // names remembered for Tab
-const MAX_HISTORY = 1000; // lines that Up brings back
-const MAX_RECALL = 200; // lines that a server recalls
+const MAX_TYPED_LINES = 1000; // that Up brings back
+const MAX_RECALL = 200; // lines of the history that a server shows
 const MAX_MESSAGE = 4096; // bytes of a line that a server of ours takes
 const MAX_HELD = 1024 * 1024; // characters of lines that wait for a mark; a batch has about 260,000
 const MAX_UNDER_WAY = 1024 * 1024; // bytes of lines that were sent and have not come back
@@ -181,8 +181,8 @@ export function wrapText(text: string, start: number, indent: number, columns: n
 /** A line of the room, with the parts that say what it is. A mere notice has none. */
 export type Entry = {
   text: string;
-  at?: number; // ms; when it was said, if that was not just now
-  isRecalled?: boolean; // it was said before we came
+  at?: number; // ms since 1970; when it was said, if that was not just now
+  isRecalled?: boolean; // it is from the history
 } & Partial<Record<Part, string>>;
 type Part = "from" | "to" | "who" | "did" | "renamed" | "roster";
 
@@ -403,39 +403,52 @@ function costOf({ length }: Uint8Array): number {
 }
 
 /**
- * A line on its way. From a server of ours, what is said comes back, and a command has an answer. A new
- * name has to be answered before anything follows: under which name would it come back otherwise?
+ * A line on its way. A server of ours confirms each of them: what is said comes back, and a command is
+ * answered, as is a line that is too long. Nothing is sent behind a new name before it is answered,
+ * because what is said comes back under our name.
  */
-type Outgoing = { bytes: Uint8Array; is: "said" | "asked" | "renaming" };
+type Outgoing = { bytes: Uint8Array; kind: "said" | "command" | "rename" };
 
-export type Outbox = ReturnType<typeof createOutbox>;
+type Outbox = ReturnType<typeof createOutbox>;
 
 /** Lines that wait to be sent, and those that were sent and may not have arrived. */
 export function createOutbox() {
   let waiting: Outgoing[] = [];
-  let underWay: Outgoing[] = []; // to a server of ours, which has not told of them yet
-  let bytesUnderWay = 0;
   let taken = 0; // bytes of the first line that waits, which the kernel has
   let flushed = Promise.withResolvers<void>();
-  let sent = 0; // lines, on this connection, to a server that tells nothing
-  let sentCost = 0; // of these, in short lines
+
+  let underWay: Outgoing[] = []; // sent to a server of ours, which has not confirmed them yet
+  let bytesUnderWay = 0;
+
+  let unconfirmed = 0; // lines sent to another server, which confirms nothing, on this connection
+  let unconfirmedCost = 0; // of these, in short lines
   let lastSent = -Infinity; // ms
 
-  const isSaid = (line: Outgoing) => line.is === "said";
+  const isSaid = ({ kind }: Outgoing) => kind === "said";
+  const isCommand = ({ kind }: Outgoing) => kind !== "said";
 
-  /** Takes the first lines off that are under way. */
-  function arrive(count: number): void {
-    for (const { bytes } of underWay.splice(0, count)) bytesUnderWay -= bytes.length;
+  function confirm(isWanted: (line: Outgoing) => boolean): void {
+    const place = underWay.findIndex(isWanted);
+    if (place === -1) return;
+    const [line] = underWay.splice(place, 1);
+    bytesUnderWay -= line?.bytes.length ?? 0;
   }
 
-  function handleSent(line: Outgoing, isFollowed: boolean): void {
+  function takeUnderWay(): Outgoing[] {
+    const lines = underWay;
+    underWay = [];
+    bytesUnderWay = 0;
+    return lines;
+  }
+
+  function handleSent(line: Outgoing, isConfirmed: boolean): void {
     lastSent = performance.now();
-    if (isFollowed) {
+    if (isConfirmed) {
       underWay.push(line);
       bytesUnderWay += line.bytes.length;
     } else {
-      sent++;
-      sentCost += costOf(line.bytes);
+      unconfirmed++;
+      unconfirmedCost += costOf(line.bytes);
     }
   }
 
@@ -445,19 +458,20 @@ export function createOutbox() {
       return waiting.length;
     },
 
-    /** Lines that were sent on this connection and may not have arrived. */
+    /** Lines that were sent and may not have arrived. */
     get doubtful() {
-      return sent + underWay.length;
+      return unconfirmed + underWay.length;
     },
 
-    /** Whether nothing waits to be sent, or must be sent again should the connection be lost. */
+    /** Whether nothing waits to be sent, or would be sent again if the connection were lost now. */
     get isSettled() {
       return waiting.length === 0 && !underWay.some(isSaid);
     },
 
-    /** Of all these lines, in short lines. */
+    /** What sent and unsent lines cost, in short lines. */
     get cost() {
-      return [...underWay, ...waiting].reduce((sum, { bytes }) => sum + costOf(bytes), sentCost);
+      const lines = [...underWay, ...waiting];
+      return lines.reduce((sum, { bytes }) => sum + costOf(bytes), unconfirmedCost);
     },
 
     get lastSent() {
@@ -468,16 +482,16 @@ export function createOutbox() {
     add(text: string): Promise<void> {
       if (waiting.length === 0) flushed = Promise.withResolvers();
       const bytes = Buffer.from(`${text}\n`);
-      const isCommand = /^\/(?!\/)/.test(text);
-      if (/^\/nick\s/i.test(text)) waiting.push({ bytes, is: "renaming" });
-      else if (isCommand || bytes.length > MAX_MESSAGE + 1) waiting.push({ bytes, is: "asked" });
-      else waiting.push({ bytes, is: "said" });
+      if (/^\/nick\s/i.test(text)) waiting.push({ bytes, kind: "rename" });
+      else if (/^\/(?!\/)/.test(text)) waiting.push({ bytes, kind: "command" });
+      else if (bytes.length > MAX_MESSAGE + 1) waiting.push({ bytes, kind: "command" });
+      else waiting.push({ bytes, kind: "said" });
       return flushed.promise;
     },
 
-    /** Writes what waits, as far as the kernel takes it. A followed server tells what has arrived. */
-    writeTo(socket: Connection, isFollowed: boolean): void {
-      while (bytesUnderWay < MAX_UNDER_WAY && underWay.at(-1)?.is !== "renaming") {
+    /** Writes what waits, as far as the kernel takes it, and no more than may be unconfirmed. */
+    writeTo(socket: Connection, isConfirmed: boolean): void {
+      while (bytesUnderWay < MAX_UNDER_WAY && underWay.at(-1)?.kind !== "rename") {
         const [line] = waiting;
         if (!line) {
           flushed.resolve();
@@ -487,108 +501,103 @@ export function createOutbox() {
         if (taken < line.bytes.length) return;
         waiting.shift();
         taken = 0;
-        handleSent(line, isFollowed);
+        handleSent(line, isConfirmed);
       }
     },
 
-    /** A line has come back: all before it have arrived as well. */
-    hearEcho(): void {
-      arrive(underWay.findIndex(isSaid) + 1);
-    },
+    /** What was said first has come back. */
+    confirmSaid: () => confirm(isSaid),
 
-    /** A command was answered, or a line was refused. */
-    hearAnswer(): void {
-      const [first] = underWay;
-      if (first && !isSaid(first)) arrive(1);
-    },
+    /** The first command was answered. */
+    confirmCommand: () => confirm(isCommand),
 
     /**
-     * The connection is lost. A line that was cut in two is sent again: half of it was never one.
-     * @returns how many lines are doubtful and will not be sent again
+     * The connection is lost. A line that was cut in two is sent again whole: a server drops half of one.
+     * @returns how many lines may be lost, because they are not sent again
      */
-    startOver(): number {
-      const said = underWay.filter(isSaid);
-      const lost = sent + underWay.length - said.length;
-      underWay = said;
-      bytesUnderWay = said.reduce((sum, { bytes }) => sum + bytes.length, 0);
+    handleLoss(): number {
+      const lines = takeUnderWay();
+      const said = lines.filter(isSaid);
+      const lost = unconfirmed + lines.length - said.length;
+      for (const line of said) handleSent(line, true);
       taken = 0;
-      sent = 0;
-      sentCost = 0;
+      unconfirmed = 0;
+      unconfirmedCost = 0;
       return lost;
     },
 
     /** What has not come back did not arrive: it waits again, before all else. */
-    sendAgain(): void {
-      waiting = [...underWay, ...waiting];
-      underWay = [];
-      bytesUnderWay = 0;
+    requeue(): void {
+      waiting = [...takeUnderWay(), ...waiting];
     },
 
-    /** Nobody knows what has arrived, so nothing is sent again. @returns how many lines that are */
-    forget(): number {
-      const { length } = underWay;
-      arrive(length);
-      return length;
+    /** Nothing is sent again, because nobody can know what has arrived. @returns how many lines */
+    abandon(): number {
+      return takeUnderWay().length;
     },
 
     clear(): void {
       waiting = [];
-      arrive(underWay.length);
+      takeUnderWay();
       taken = 0;
-      sent = 0;
-      sentCost = 0;
+      unconfirmed = 0;
+      unconfirmedCost = 0;
     },
   };
 }
 
 // --- The history -------------------------------------------------------------------------------
-// A server of ours sends a batch of lines together, and behind it a mark, "* POSITION", to whoever has
-// asked with "/since POSITION" for what came behind that position. It begins its answer with
-//
-//     * Since POSITION until POSITION
-//
-// and says so again wherever something is missing. The first of these says from where on nothing is
-// missing. The second one is the last position before our own arrival: what we have said on an earlier
-// connection comes before the end of the next batch, if it has arrived at all.
+// To whoever says "/since POSITION", a server of ours says "* Since FROM until JOINED", and then all that
+// the room has heard, in batches, each with its mark, "* POSITION": see README.md, "For programs".
 
 const SINCE = /^\* Since (\d{1,16}) until (\d{1,16})$/;
 const MARK = /^\* (\d{1,16})$/;
+const ANSWERED = "* Answered"; // behind the answer to each command
 const SHUTDOWN = "* The server is shutting down";
+
 const RECALL_END: Entry = { text: "* ---" };
 const GAP: Entry = { text: "* Some lines are missing here." };
 
-/** What some lines have brought: what was missed, whether we have arrived, and what came then. */
-type News = { missed: Entry[]; hasArrived: boolean; present: Entry[]; lost: number };
+/** How far a connection has come. */
+type Progress =
+  | { at: "asking" } // nothing has been answered yet
+  // What comes now was said before we joined, behind this position. If we have been in the room
+  // before, we have missed it.
+  | { at: "before"; joinedAfter: number; isMissed: boolean }
+  | { at: "present" };
+
+/**
+ * What some lines have brought: what comes before our arrival, whether that has come, what comes then,
+ * and how many of our own lines may have arrived or not.
+ */
+type News = { before: Entry[]; hasArrived: boolean; present: Entry[]; doubtful: number };
+
+function noNews(): News {
+  return { before: [], hasArrived: false, present: [], doubtful: 0 };
+}
+
+/** Whether only we are told a line. It has no mark, and does not come again. */
+function isTold({ from, to, did, renamed, text, isRecalled }: Entry): boolean {
+  const isHeard = (from && !to) || did || renamed || text === SHUTDOWN;
+  return !isHeard || isRecalled === true;
+}
 
 /**
  * Follows a room through all connections to it, so that each line comes once. A line counts when its
  * mark has come. Our own lines come back, which shows that they have arrived.
- * @param recall lines to be shown from before we came
+ * @param recall lines of the history to begin with
  */
 export function createFollower(outbox: Outbox, recall = 0) {
-  let position = 0; // of the last mark; 0 before the first one
-  let joinedAfter = Infinity; // position of the last batch before our arrival; unknown at first
-  let hasArrived = false;
-  let me = ""; // the name under which what is said is ours; none once that is uncertain
+  let progress: Progress = { at: "asking" };
+  let position: number | null = null; // of the last mark; null before the first answer
+  let me: string | null = null; // the name under which we are heard; null while that is uncertain
   let held: Entry[] = []; // lines that have no mark yet, and what was told between them
   let heldLength = 0; // characters
-  let news: News = { missed: [], hasArrived: false, present: [], lost: 0 };
+  let news = noNews();
 
-  function add(...entries: Entry[]): void {
-    if (hasArrived) news.present.push(...entries);
-    else news.missed.push(...entries);
-  }
-
-  /** Whether only we are told a line. It has no mark, and does not come again. */
-  function isTold({ from, to, did, renamed, text, isRecalled }: Entry): boolean {
-    const isHeard = (from && !to) || did || renamed || text === SHUTDOWN;
-    return !isHeard || isRecalled === true;
-  }
-
-  function hearTold(entry: Entry, name: string): void {
-    const { from, isRecalled } = entry;
-    if (from === undefined || from === name || isRecalled) outbox.hearAnswer();
-    add(entry);
+  function add(entry: Entry): void {
+    if (progress.at === "present") news.present.push(entry);
+    else news.before.push(entry);
   }
 
   function hold(entry: Entry): void {
@@ -603,106 +612,115 @@ export function createFollower(outbox: Outbox, recall = 0) {
     return entries;
   }
 
-  /** What was held has no mark and comes again, except what we were told. */
-  function dropHeld(name: string): void {
-    for (const entry of takeHeld().filter(isTold)) hearTold(entry, name);
+  function hearTold(entry: Entry): void {
+    if (entry.text === ANSWERED) outbox.confirmCommand();
+    else add(entry);
   }
 
-  /** Something is missing unless this is where we were, and in a history that knows of us. */
-  function takeSince(from: number, until: number, name: string): void {
-    const isFirst = position === 0;
-    const isHeader = joinedAfter === Infinity;
-    const isContinued = isFirst || (from === position && position <= until);
-    const isGap = !isHeader || !isContinued;
-    dropHeld(name);
-    position = from;
-    joinedAfter = until;
-    if (isHeader && isFirst && news.missed.length > 0) add(RECALL_END);
-    if (isGap) {
-      me = "";
-      news.lost += outbox.forget();
-      add(GAP);
+  /** Before our arrival, `me` is our name on the last connection. Somebody else may have it since. */
+  function hear(entry: Entry, at: number): void {
+    const { from, who, did, renamed } = entry;
+    if (me !== null && from === me) {
+      outbox.confirmSaid();
+      return;
     }
-    if (position > joinedAfter) arrive(name);
+
+    const isRename = who === me && renamed !== undefined;
+    const isUncertain = renamed === me || (who === me && did !== undefined);
+    if (me !== null && isRename) me = renamed;
+    else if (isUncertain) me = null;
+
+    if (progress.at === "present") add(entry);
+    else if (progress.at === "before" && progress.isMissed) add({ ...entry, at: at / 1000 });
+  }
+
+  /** The answer to /since. It comes again wherever something is missing. */
+  function takeSince(from: number, joinedAfter: number, name: string): void {
+    dropHeld();
+    if (progress.at !== "asking") {
+      addGap();
+    } else if (position === null) {
+      if (news.before.length > 0) add(RECALL_END);
+      progress = { at: "before", joinedAfter, isMissed: false };
+    } else {
+      const isSameHistory = position <= joinedAfter; // our last mark is older than our arrival
+      if (from !== position || !isSameHistory) addGap();
+      progress = { at: "before", joinedAfter, isMissed: true };
+    }
+    position = from;
+    if (from > joinedAfter) arrive(name);
+  }
+
+  function addGap(): void {
+    add(GAP);
+    if (progress.at === "present") return; // there is nothing to find out about our own lines
+    me = null;
+    news.doubtful += outbox.abandon();
   }
 
   function takeMark(at: number, name: string): void {
     const batch = takeHeld();
-    const isArrival = !hasArrived && at > joinedAfter;
+    const isArrival = progress.at === "before" && at > progress.joinedAfter;
     const isOwn = ({ did, who = "" }: Entry) => did === "joined" && isSameName(who, name);
     const arrival = isArrival ? batch.findLast(isOwn) : undefined;
 
     position = at;
     for (const entry of batch) {
       if (entry === arrival) arrive(entry.who ?? name);
-      else if (isTold(entry)) hearTold(entry, name);
-      else hear(hasArrived ? entry : { ...entry, at: at / 1000 });
+      else if (isTold(entry)) hearTold(entry);
+      else hear(entry, at);
     }
-    if (isArrival && !hasArrived) arrive(name);
-  }
-
-  /** A line of the room. Until we arrive it may be of an earlier connection of ours, or of a namesake. */
-  function hear(entry: Entry): void {
-    const { from, who, did, renamed } = entry;
-    if (me && from === me) {
-      outbox.hearEcho();
-      return;
-    }
-
-    if (me && who === me && renamed) {
-      outbox.hearAnswer();
-      me = renamed;
-    } else if (me && (renamed === me || (did && who === me))) {
-      me = "";
-    }
-    add(entry);
+    if (isArrival) arrive(name);
   }
 
   function arrive(name: string): void {
-    if (hasArrived) return;
-    hasArrived = true;
+    if (progress.at === "present") return;
+    progress = { at: "present" };
     news.hasArrived = true;
     me = name;
-    outbox.sendAgain();
+    outbox.requeue();
+  }
+
+  /** What was held has no mark and comes again, except what we were told. */
+  function dropHeld(): void {
+    for (const entry of takeHeld()) if (isTold(entry)) hearTold(entry);
   }
 
   return {
     /** Begins to follow on a new connection. @returns what to send */
     begin(): string {
-      joinedAfter = Infinity;
-      hasArrived = false;
-      held = [];
-      heldLength = 0;
-      const recalled = recall > 0 ? ` -${recall}` : "";
-      return `/since${position > 0 ? ` ${position}` : recalled}\n`;
+      progress = { at: "asking" };
+      takeHeld();
+      if (position !== null) return `/since ${position}`;
+      return recall > 0 ? `/since -${recall}` : "/since";
     },
 
-    /** Takes lines as they come. `name` is ours on this connection. @returns what is to be shown */
+    /** Takes lines as they come. `name` is ours on this connection. */
     take(lines: string[], name: string): News {
-      news = { missed: [], hasArrived: false, present: [], lost: 0 };
+      news = noNews();
       for (const line of lines) {
-        const [, from, until] = SINCE.exec(line) ?? [];
+        const [, from, joinedAfter] = SINCE.exec(line) ?? [];
         const [, mark] = MARK.exec(line) ?? [];
         const entry = classify(line);
-        if (from !== undefined) takeSince(Number(from), Number(until), name);
+        if (from !== undefined) takeSince(Number(from), Number(joinedAfter), name);
         else if (mark !== undefined) takeMark(Number(mark), name);
-        else if (held.length === 0 && isTold(entry)) hearTold(entry, name);
+        else if (held.length === 0 && isTold(entry)) hearTold(entry);
         else hold(entry);
-        if (heldLength > MAX_HELD) takeMark(position, name); // no server of ours does this
+        if (heldLength > MAX_HELD) takeMark(position ?? 0, name); // a server of ours never gets here
       }
       return news;
     },
 
-    /** The connection is gone. @returns what we were told at last */
-    lose(name: string): Entry[] {
-      news = { missed: [], hasArrived: false, present: [], lost: 0 };
-      dropHeld(name);
-      return [...news.missed, ...news.present];
+    /** The connection is lost, and there will be another one. @returns what we were told at last */
+    lose(): Entry[] {
+      news = noNews();
+      dropHeld();
+      return [...news.before, ...news.present];
     },
 
-    /** We leave, and nothing comes again. @returns the last lines, which have no mark */
+    /** We leave, so nothing comes again. @returns the last lines, which have no mark */
     finish(): Entry[] {
-      return takeHeld().filter(({ from }) => !from || from !== me);
+      return takeHeld().filter(({ from, text }) => text !== ANSWERED && (!from || from !== me));
     },
   };
 }
@@ -873,7 +891,11 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   function introduce(socket: Connection): void {
     waitFor("entering", socket);
     split = splitLines(MAX_LINE); // without the rest of a greeting that has no newline
-    const bytes = Buffer.from(`${name}\n`);
+    writeLine(socket, name);
+  }
+
+  function writeLine(socket: Connection, line: string): void {
+    const bytes = Buffer.from(`${line}\n`);
     if (socket.write(bytes) !== bytes.length) fail(LOST);
   }
 
@@ -885,31 +907,36 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     else change({ ...state, heard, timer: setTimeout(enterRoom, PACE.doubt, heard) });
   }
 
-  function enterRoom([answer = "", ...others]: string[]): void {
+  function enterRoom(heard: string[]): void {
     if (state.at !== "entering") return;
     const { socket } = state;
     if (goal === "enter") goal = "stay";
 
+    if (!isFollowed) {
+      enterForeignRoom(socket, heard);
+      return;
+    }
+    const [roster = "", ...others] = heard;
+    const timer = setTimeout(failSilent, PACE.lastWords);
+    change({ at: "catchingUp", socket, timer, roster: classify(roster) });
+    writeLine(socket, follower.begin());
+    hearRoom(others);
+  }
+
+  /** There is nothing to catch up with. */
+  function enterForeignRoom(socket: Connection, heard: string[]): void {
+    if (outbox.abandon() > 0) doubt(SAID_IN_DOUBT); // it was ours a moment ago
+    stay(socket);
+
+    const [answer = "", ...others] = heard;
     const entry = classify(answer);
     const roster = entry.roster ?? /^\*[^:]*:(.*)/.exec(answer)?.[1]; // in whatever words
-    if (isFollowed) {
-      const timer = setTimeout(failSilent, PACE.lastWords);
-      change({ at: "catchingUp", socket, timer, roster: entry });
-      ask(socket, follower.begin());
-      hearRoom(others);
-    } else if (roster === undefined || entry.from) {
-      stay(socket);
-      hearRoom([answer, ...others]);
+    if (roster === undefined || entry.from) {
+      hearRoom(heard);
     } else {
-      stay(socket);
       screen.showRoster({ text: answer, roster });
       hearRoom(others);
     }
-  }
-
-  function ask(socket: Connection, question: string): void {
-    const bytes = Buffer.from(question);
-    if (socket.write(bytes) !== bytes.length) fail(LOST);
   }
 
   /** We are in the room, with all that was missed. What waits can be sent. */
@@ -923,19 +950,19 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
 
   function hearRoom(lines: string[]): void {
     if (!isFollowed) {
-      show(lines.map(classify));
+      showPresent(lines.map(classify));
       return;
     }
 
-    const { missed, hasArrived, present, lost } = follower.take(lines, name);
-    showMissed(missed);
-    if (lost > 0) doubt(SAID_IN_DOUBT);
+    const { before, hasArrived, present, doubtful } = follower.take(lines, name);
+    show(before);
+    if (doubtful > 0) doubt(SAID_IN_DOUBT);
     if (hasArrived && state.at === "catchingUp") {
       screen.showRoster(state.roster);
       stay(state.socket);
     }
-    show(present);
-    flush(); // what has come back makes room for more, or was the last to be waited for
+    showPresent(present);
+    flush(); // what was confirmed makes room for more, or was the last to be waited for
   }
 
   /** A person is told at once, a tool by its exit code. */
@@ -944,13 +971,13 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     else isComplete = false;
   }
 
-  function show(entries: Entry[]): void {
+  function showPresent(entries: Entry[]): void {
     for (const { who, renamed } of entries) if (renamed && who === name) name = copyOf(renamed);
-    showMissed(entries);
+    show(entries);
   }
 
   /** Shows what comes from the room, and reads no more before it is taken. */
-  function showMissed(entries: Entry[]): void {
+  function show(entries: Entry[]): void {
     if (entries.length === 0 || screen.show(entries, name) || !("socket" in state)) return;
 
     const { socket } = state;
@@ -988,7 +1015,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
           startOver(lastWords);
           break;
         }
-        show(isFollowed ? follower.finish() : lastWords.map(classify));
+        showPresent(isFollowed ? follower.finish() : lastWords.map(classify));
         finishLeaving(error === undefined);
         break;
       case "joined":
@@ -1000,14 +1027,14 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     }
   }
 
-  /** The connection is lost. What is not known to have arrived is sent again, or its loss told. */
+  /** The connection is lost. What has not arrived is sent again, or its loss is told. */
   function startOver(lastWords: string[]): void {
-    show(isFollowed ? follower.lose(name) : lastWords.map(classify));
-    const lost = outbox.startOver();
+    showPresent(isFollowed ? follower.lose() : lastWords.map(classify));
     const isRecent = isFollowed || outbox.lastSent > lastHeard - RECENT;
-    if (lost > 0 && !screen.isPerson) isComplete = false; // a person is told at once
-    const inDoubt = isFollowed ? ASKED_IN_DOUBT : SAID_IN_DOUBT;
-    fail(lost > 0 && isRecent ? `${LOST} ${inDoubt}` : LOST);
+    const lost = outbox.handleLoss();
+    if (lost > 0 && !screen.isPerson) isComplete = false;
+    const words = isFollowed ? ASKED_IN_DOUBT : SAID_IN_DOUBT;
+    fail(lost > 0 && isRecent ? `${LOST} ${words}` : LOST);
   }
 
   function refuse(refused: string): void {
@@ -1026,8 +1053,10 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function failSilent(): void {
-    if (isPaused && "timer" in state) {
-      state.timer.refresh(); // it is we who do not listen, because nobody reads our output
+    if (state.at === "catchingUp") {
+      if (isPaused)
+        state.timer.refresh(); // it is we who do not listen: nobody reads our output
+      else startOver([]);
       return;
     }
     const lines = state.at === "entering" ? split() : [];
@@ -1091,14 +1120,18 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
 
     /** Sends a line as soon as possible. Resolves when nothing waits to be sent any more. */
     send(text: string): Promise<void> {
+      if (isFollowed && /^\/since\b/i.test(text)) {
+        screen.notice("The client does that itself.");
+        return Promise.resolve();
+      }
       const sent = outbox.add(text);
       flush();
       return sent;
     },
 
     /**
-     * Sends what waits, half-closes, reads until the server closes. A tool gets back into the room for
-     * it when it has to. Called again, waits no more.
+     * Sends what waits, half-closes, and reads until the server closes. Where the connection is lost
+     * before all has arrived, makes it anew. Called again, waits no more.
      */
     leave(): Promise<Farewell> {
       const isIn = state.at === "joined" || state.at === "catchingUp";
@@ -1253,7 +1286,7 @@ export function createEditor(offer: (before: string) => string[]) {
     enter(isRemembered: boolean): Draft {
       const line = { text, isPasted };
       if (isRemembered && text.trim() && text !== history.at(-1)?.text) history.push(line);
-      if (history.length > MAX_HISTORY) history.shift();
+      if (history.length > MAX_TYPED_LINES) history.shift();
       place = history.length;
       completion = null;
       edit("", "");
