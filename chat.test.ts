@@ -3337,8 +3337,6 @@ describe("a follower", () => {
     };
   }
 
-  const BACK = ["* alice has left the chat", "* alice has joined the chat"];
-
   test("shows a line when its mark has come, and what it alone is told at once", () => {
     const alice = arrived();
     expect(alice.hear("[bob] one", "* bob is now called rob", "[rob] two")).toEqual([]);
@@ -3371,75 +3369,105 @@ describe("a follower", () => {
     expect([alice.outbox.doubtful, alice.outbox.isSettled]).toEqual([0, true]);
   });
 
-  const RETURNS: [
-    name: string,
-    said: string[],
-    answer: string[],
-    again: string,
-    shown: string[],
-  ][] = [
-    ["sends again what did not arrive", ["one", "two"], ["[alice] one"], "two\n", []],
-    ["sends nothing twice", ["one", "two"], ["[alice] one", "[alice] two"], "", []],
-    ["sends no command again", ["/who", "one", "/msg bob x"], [], "one\n", []],
-    [
-      "is not taken in by a namesake",
-      ["one", "two"],
-      ["[alice] one", ...BACK, "[alice] two", "* alice has left the chat"],
-      "two\n",
-      [...BACK, "[alice] two", "* alice has left the chat"],
-    ],
-    [
-      "is not taken in by somebody who takes its name",
-      ["one"],
-      ["* alice has left the chat", "* eve is now called alice", "[alice] one"],
-      "one\n",
-      ["* alice has left the chat", "* eve is now called alice", "[alice] one"],
-    ],
-    [
-      "is not taken in by a namesake after a crash of the server",
-      ["one"],
-      ["* alice has joined the chat", "[alice] one", "* alice has left the chat"],
-      "one\n",
-      ["* alice has joined the chat", "[alice] one", "* alice has left the chat"],
-    ],
-    [
-      "knows itself under the name that it asked for",
-      ["one", "/nick ally"],
-      ["[alice] one", "* alice is now called ally", "* ally has left the chat"],
-      "",
-      ["* alice is now called ally", "* ally has left the chat"],
-    ],
-  ];
-  test.each(RETURNS)("that comes back %s", (_name, said, answer, again, shown) => {
+  const LEFT = "* alice has left the chat";
+  const JOINED = "* alice has joined the chat";
+
+  /** What alice had said, what she has missed, what she sends again, and what she is shown. */
+  type Return = {
+    name: string;
+    said: string[];
+    missed: string[];
+    again?: string;
+    shown?: string[];
+  };
+
+  test.each<Return>([
+    {
+      name: "sends again what did not arrive",
+      said: ["one", "two"],
+      missed: ["[alice] one"],
+      again: "two\n",
+    },
+    {
+      name: "sends nothing twice",
+      said: ["one", "two"],
+      missed: ["[alice] one", "[alice] two", LEFT],
+      shown: [LEFT],
+    },
+    {
+      name: "sends no command again",
+      said: ["/who", "one", "/msg bob x"],
+      missed: [],
+      again: "one\n",
+    },
+    {
+      name: "is not taken in by a namesake",
+      said: ["one", "two"],
+      missed: ["[alice] one", LEFT, JOINED, "[alice] two", LEFT],
+      again: "two\n",
+      shown: [LEFT, JOINED, "[alice] two", LEFT],
+    },
+    {
+      name: "is not taken in by a namesake after a crash of the server",
+      said: ["one"],
+      missed: [JOINED, "[alice] one", LEFT],
+      again: "one\n",
+      shown: [JOINED, "[alice] one", LEFT],
+    },
+    {
+      name: "is not taken in by somebody who takes its name after a crash",
+      said: ["one"],
+      missed: ["* eve is now called alice", "[alice] one", LEFT],
+      again: "one\n",
+      shown: ["* eve is now called alice", "[alice] one", LEFT],
+    },
+    {
+      name: "does not take the arrival of a namesake for its own",
+      said: [],
+      missed: [LEFT, "* 20", JOINED, "[alice] hi", LEFT],
+      shown: [LEFT, JOINED, "[alice] hi", LEFT],
+    },
+    {
+      name: "knows itself under the name that it asked for",
+      said: ["one", "/nick ally"],
+      missed: ["[alice] one", "* alice is now called ally", "* ally has left the chat"],
+      shown: ["* alice is now called ally", "* ally has left the chat"],
+    },
+    { name: "is told of a shutdown once", said: [], missed: [SHUTDOWN], shown: [SHUTDOWN] },
+  ])("that comes back $name", ({ said, missed, again = "", shown = [] }) => {
     const alice = arrived();
     alice.say(...said);
-    const returned = alice.comeBack(
-      "[bob] has no mark and comes again",
-      "* Since 10 until 20",
-      ...answer,
-      "* 20",
-      "* alice has joined the chat",
-      "* 21",
-    );
+    const hasNoMark = ["[bob] this comes again", SHUTDOWN];
+    const answer = ["* Since 10 until 20", ...missed, JOINED, "* 21"];
+    const returned = alice.comeBack(...hasNoMark, ...answer);
     expect(returned).toEqual({ shown, hasArrived: true, doubtful: 0, again });
   });
 
-  test.each([
-    ["from the beginning", "* Since 15 until 20"],
-    ["in the middle", "* Since 10 until 20", "[bob] a", "* 12", "* Since 15 until 20"],
-    ["because it is another history", "* Since 10 until 5"],
-  ] as [string, ...string[]][])(
-    "says that lines are missing %s, and sends nothing that may have arrived",
-    (_, ...answer) => {
-      const alice = arrived();
-      alice.say("one");
-      void alice.outbox.add("two");
-      const arrival = ["[alice] one", "* 20", "* alice has joined the chat", "* 21"];
-      const returned = alice.comeBack(...answer, ...arrival);
-      expect(returned.shown).toContain("* Some lines are missing here.");
-      expect(returned).toMatchObject({ hasArrived: true, doubtful: 1, again: "two\n" });
+  const GAP = "* Some lines are missing here.";
+
+  test.each<{ name: string; answer: string[]; shown: string[] }>([
+    {
+      name: "from the beginning",
+      answer: ["* Since 15 until 20", "[alice] one", "* 20"],
+      shown: [GAP, "[alice] one"],
     },
-  );
+    {
+      name: "in the middle",
+      answer: ["* Since 10 until 20", "[bob] a", "* 12", "* Since 15 until 20", "[alice] one"],
+      shown: ["[bob] a", GAP, "[alice] one"],
+    },
+    {
+      name: "because it is another history",
+      answer: ["* Since 10 until 5", "[bob] a", "* 12"],
+      shown: [GAP, "[bob] a", JOINED],
+    },
+  ])("says that lines are missing $name, and sends nothing twice", ({ answer, shown }) => {
+    const alice = arrived();
+    alice.say("one");
+    void alice.outbox.add("two");
+    const returned = alice.comeBack(...answer, JOINED, "* 21");
+    expect(returned).toEqual({ shown, hasArrived: true, doubtful: 1, again: "two\n" });
+  });
 
   test("sends nothing behind a new name before it has an answer", () => {
     const alice = arrived();
@@ -3454,12 +3482,23 @@ describe("a follower", () => {
     expect(alice.say()).toBe("three\n");
   });
 
+  test("arrives behind the position before it, even if it cannot find its own arrival", () => {
+    const follower = createFollower(createOutbox());
+    follower.begin();
+    expect(follower.take(["* Since 9 until 9", "[bob] hi", "* 10"], "alice").hasArrived).toBe(true);
+    follower.begin();
+    expect(follower.take(["* Since 12 until 11"], "alice").hasArrived).toBe(true);
+  });
+
   test("does not grow when a server sets no marks, or sends nothing back", () => {
     const alice = arrived();
+    const empty = times(30, () => alice.hear("[bob] hi", ...Array(1000).fill("")).length);
+    expect(Math.max(...empty)).toBeWithin(5000, 15_000);
+    alice.hear("* 11");
+
     const line = `[bob] ${"x".repeat(100_000)}`;
-    const shown = times(30, () => alice.hear(line).length);
-    expect(Math.max(...shown)).toBeGreaterThan(5);
-    expect(Math.max(...shown)).toBeLessThan(15);
+    const shown = times(50, () => alice.hear(line).length);
+    expect(Math.max(...shown)).toBeWithin(10, 30);
 
     const text = "x".repeat(4000);
     for (let count = 0; count < 1000; count++) void alice.outbox.add(text);
@@ -3472,6 +3511,10 @@ describe("a follower", () => {
     const recalled = "* 1764000000000000 [bob] hi";
     const arrival = ["[bob] at once", "* alice has joined the chat", "[bob] a", "* 10"];
     const lines = [recalled, "* Since 9 until 9", ...arrival];
+    expect(follower.take([recalled], "alice").before).toEqual([]);
+    expect(follower.lose()).toEqual([]); // it comes again
+    expect(follower.begin()).toBe("/since -5");
+
     const { before, present } = follower.take(lines, "alice");
     expect(before).toEqual([
       { text: "[bob] hi", from: "bob", to: undefined, at: 1764000000000, isRecalled: true },
@@ -3663,6 +3706,67 @@ describe("nothing is missed", () => {
     again.child.kill("SIGTERM");
     await again.child.exited;
     expect(saidIn(file)).toEqual(lines);
+  });
+
+  test("also when the name, as it was given, has something that a server takes out", async () => {
+    const alex = inProcess(open().port);
+    await alex.room.join(" Al\u200eex\r");
+    void alex.room.send("hello");
+    expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: true });
+    expect(alex.shown.text).toBe("* The room contains: \n");
+  });
+
+  test("and /since is left to the client", async () => {
+    const alex = inProcess(open().port);
+    await alex.room.join("Alex");
+    for (const line of ["one", "/since 0", "two"]) void alex.room.send(line);
+    expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: true });
+    expect(alex.shown.text).toBe("* The room contains: \n");
+    expect(alex.notices.text).toBe("The client does that itself.\n");
+  });
+
+  /** A server that greets as ours does, takes everybody in, and says this to /since. */
+  function pretender(answer: string) {
+    const server = budgetChat({ greeting: WELCOME });
+    const asked = server.heard.until("/since").then(() => server.say(answer.trimEnd()));
+    cleanups.push(() => asked.catch(() => {}));
+    return server;
+  }
+
+  const CAUGHT_UP = "* Since 9 until 9\n* Alex has joined the chat\n* 10\n";
+
+  test("but a command without an answer may be lost, and a tool fails", async () => {
+    const server = pretender(CAUGHT_UP);
+    const alex = inProcess(server.port);
+    await alex.room.join("Alex");
+    void alex.room.send("/msg kim secret");
+    expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: false });
+  });
+
+  test("but a tool with nothing to say does not come back for it", async () => {
+    const server = pretender("* Since 9 until 9\n");
+    const alex = inProcess(server.port);
+    const entered = alex.room.join("Alex");
+    await server.heard.until("/since");
+    const left = alex.room.leave();
+    server.drop();
+    expect(await left).toEqual({ unsent: 0, isComplete: true });
+    void entered;
+  });
+
+  test("but another server at the same port cannot say what has arrived", async () => {
+    const server = pretender(CAUGHT_UP);
+    const alex = inProcess(server.port);
+    await alex.room.join("Alex");
+    void alex.room.send("one");
+    await server.heard.until("Alex: one\n");
+    server.stop();
+    const other = budgetChat({ port: server.port });
+    await other.heard.until("joined: Alex\n");
+    void alex.room.send("two");
+    await other.heard.until("Alex: two\n");
+    expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: false });
+    expect(other.heard.text).not.toContain("one");
   });
 
   test("but a room that has forgotten everything says so, and the chat goes on", async () => {

@@ -59,7 +59,8 @@ const MAX_PEOPLE = 10_000; // names remembered for Tab
 const MAX_TYPED_LINES = 1000; // that Up brings back
 const MAX_RECALL = 200; // lines of the history that a server shows
 const MAX_MESSAGE = 4096; // bytes of a line that a server of ours takes
-const MAX_HELD = 1024 * 1024; // characters of lines that wait for a mark; a batch has about 260,000
+const MAX_HELD = 2 * 1024 * 1024; // characters of lines that wait for a mark; ours sends up to 900,000
+const LINE_OVERHEAD = 200; // characters that such a line counts besides its text
 const MAX_UNDER_WAY = 1024 * 1024; // bytes of lines that were sent and have not come back
 const MAX_OUTPUT = 64 * 1024; // characters that may wait for the terminal before we stop reading
 const PASTED_AT_ONCE = 20; // lines; the others go one by one
@@ -197,13 +198,8 @@ const FORMS = [
 ];
 const FORM = new RegExp(`^(?:${FORMS.join("|")})`, "u");
 
-// A line of the history, with its time in µs.
-const RECALLED = /^\* (\d{16}) (\[.*)/s;
-
-/** Finds out what a line is: a message, news of somebody, a roster, a recalled line, or none of them. */
+/** Finds out what a line is: a message, news of somebody, a roster, or none of them. */
 export function classify(text: string): Entry {
-  const [, at, line = ""] = RECALLED.exec(text) ?? [];
-  if (at !== undefined) return { ...classify(line), at: Number(at) / 1000, isRecalled: true };
   return { text, ...FORM.exec(text)?.groups };
 }
 
@@ -387,6 +383,10 @@ export function shortenRoster(entry: Entry, columns: number): string {
 /** Neighbours that all joined, or all left, are one line. Only the first of them are kept. */
 type Crowd = { did: string; names: string[]; count: number; first: Entry };
 
+function minuteOf({ at = Date.now() }: Entry): number {
+  return Math.floor(at / 60_000);
+}
+
 function entryOf({ did, names, count, first }: Crowd): Entry {
   if (count === 1) return first;
   const shown = count > 3 ? [...names.slice(0, 2), `${count - 2} others`] : names;
@@ -482,7 +482,7 @@ export function createOutbox() {
     add(text: string): Promise<void> {
       if (waiting.length === 0) flushed = Promise.withResolvers();
       const bytes = Buffer.from(`${text}\n`);
-      if (/^\/nick\s/i.test(text)) waiting.push({ bytes, kind: "rename" });
+      if (/^\/nick\s/iu.test(text)) waiting.push({ bytes, kind: "rename" });
       else if (/^\/(?!\/)/.test(text)) waiting.push({ bytes, kind: "command" });
       else if (bytes.length > MAX_MESSAGE + 1) waiting.push({ bytes, kind: "command" });
       else waiting.push({ bytes, kind: "said" });
@@ -552,6 +552,7 @@ export function createOutbox() {
 
 const SINCE = /^\* Since (\d{1,16}) until (\d{1,16})$/;
 const MARK = /^\* (\d{1,16})$/;
+const RECALLED = /^\* (\d{16}) (\[.*)/s; // a line of the history, with its position
 const ANSWERED = "* Answered"; // behind the answer to each command
 const SHUTDOWN = "* The server is shutting down";
 
@@ -574,6 +575,12 @@ type News = { before: Entry[]; hasArrived: boolean; present: Entry[]; doubtful: 
 
 function noNews(): News {
   return { before: [], hasArrived: false, present: [], doubtful: 0 };
+}
+
+function classifyFollowed(line: string): Entry {
+  const [, at, said = ""] = RECALLED.exec(line) ?? [];
+  if (at === undefined) return classify(line);
+  return { ...classify(said), at: Number(at) / 1000, isRecalled: true };
 }
 
 /** Whether only we are told a line. It has no mark, and does not come again. */
@@ -602,7 +609,7 @@ export function createFollower(outbox: Outbox, recall = 0) {
 
   function hold(entry: Entry): void {
     held.push(entry);
-    heldLength += entry.text.length;
+    heldLength += entry.text.length + LINE_OVERHEAD;
   }
 
   function takeHeld(): Entry[] {
@@ -636,11 +643,12 @@ export function createFollower(outbox: Outbox, recall = 0) {
 
   /** The answer to /since. It comes again wherever something is missing. */
   function takeSince(from: number, joinedAfter: number, name: string): void {
+    const hasRecalled = held.some(({ isRecalled }) => isRecalled);
     dropHeld();
     if (progress.at !== "asking") {
       addGap();
     } else if (position === null) {
-      if (news.before.length > 0) add(RECALL_END);
+      if (hasRecalled) add(RECALL_END);
       progress = { at: "before", joinedAfter, isMissed: false };
     } else {
       const isSameHistory = position <= joinedAfter; // our last mark is older than our arrival
@@ -701,10 +709,11 @@ export function createFollower(outbox: Outbox, recall = 0) {
       for (const line of lines) {
         const [, from, joinedAfter] = SINCE.exec(line) ?? [];
         const [, mark] = MARK.exec(line) ?? [];
-        const entry = classify(line);
+        const entry = classifyFollowed(line);
+        const isAtOnce = isTold(entry) && held.length === 0 && progress.at !== "asking";
         if (from !== undefined) takeSince(Number(from), Number(joinedAfter), name);
         else if (mark !== undefined) takeMark(Number(mark), name);
-        else if (held.length === 0 && isTold(entry)) hearTold(entry);
+        else if (isAtOnce) hearTold(entry);
         else hold(entry);
         if (heldLength > MAX_HELD) takeMark(position ?? 0, name); // a server of ours never gets here
       }
@@ -714,6 +723,7 @@ export function createFollower(outbox: Outbox, recall = 0) {
     /** The connection is lost, and there will be another one. @returns what we were told at last */
     lose(): Entry[] {
       news = noNews();
+      if (progress.at === "asking") held = held.filter(({ isRecalled }) => !isRecalled); // comes again
       dropHeld();
       return [...news.before, ...news.present];
     },
@@ -1033,6 +1043,10 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     const isRecent = isFollowed || outbox.lastSent > lastHeard - RECENT;
     const lost = outbox.handleLoss();
     if (lost > 0 && !screen.isPerson) isComplete = false;
+    if (goal === "leave" && outbox.isSettled) {
+      finishLeaving(false); // there is nothing to come back for
+      return;
+    }
     const words = isFollowed ? ASKED_IN_DOUBT : SAID_IN_DOUBT;
     fail(lost > 0 && isRecent ? `${LOST} ${words}` : LOST);
   }
@@ -1092,11 +1106,15 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     else finishLeaving(false);
   }
 
-  /** All lines have arrived if they came back, or the server closes in good order after our FIN. */
+  /**
+   * All lines have arrived if a server of ours has confirmed them, or if another one closes in good order
+   * after our FIN.
+   */
   function finishLeaving(isOrderly: boolean): Farewell {
     hangUp();
     const { unsent, doubtful } = outbox;
-    const farewell = { unsent, isComplete: isComplete && (isOrderly || doubtful === 0) };
+    const hasArrived = doubtful === 0 || (isOrderly && !isFollowed);
+    const farewell = { unsent, isComplete: isComplete && hasArrived };
     outbox.clear();
     isComplete = true;
     left.resolve(farewell);
@@ -1109,7 +1127,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
      * @throws when there is no connection to be had; the message is for the user
      */
     join(wanted = ""): Promise<{ refused?: string }> {
-      name = wanted.normalize("NFKC");
+      name = cleanText(wanted).trim().normalize("NFKC"); // as the server takes it
       goal = "enter";
       entered = Promise.withResolvers();
       follower = createFollower(outbox, recall);
@@ -1570,7 +1588,8 @@ function createView(display: Display, bell: string) {
   /** Adds somebody to the crowd. Returns the line of the crowd before, if that did something else. */
   function joinCrowd(entry: Entry): string {
     const { who = "", did = "" } = entry;
-    const before = crowd?.did === did ? "" : takeCrowd();
+    const isSameCrowd = crowd?.did === did && minuteOf(crowd.first) === minuteOf(entry);
+    const before = isSameCrowd ? "" : takeCrowd();
     if (!crowd) {
       crowd = { did, names: [], count: 0, first: entry };
       crowdTimer = setTimeout(printLines, PACE.crowd, "");
