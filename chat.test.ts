@@ -607,7 +607,10 @@ function inProcess(port: number, recall = 0) {
   PACE.retry = 1;
   cleanups.push(() => (PACE.retry = 1000));
   const room = receiveMessages({ host: "127.0.0.1", port, tls: false }, screen, recall);
-  cleanups.push(() => room.leave());
+  cleanups.push(async () => {
+    void room.leave();
+    await room.leave(); // does not wait
+  });
   return { room, shown, notices };
 }
 
@@ -3396,7 +3399,7 @@ describe("a follower", () => {
     },
     {
       name: "sends no command again",
-      said: ["/who", "one", "/msg bob x"],
+      said: ["/who", "x".repeat(4097), "one", "/msg bob x"],
       missed: [],
       again: "one\n",
     },
@@ -3560,6 +3563,7 @@ describe.concurrent("a client that comes later", () => {
     expect(shown.slice(2, -1)).toEqual([...rows, "* The room contains:"]);
     const isDim = alex.out.text.includes("\x1b[2m[bob] \x1b[0m\x1b[2mline 2\x1b[0m");
     expect(isDim).toBe(rows.length > 0);
+    await alex.press("b\t", "You: b|"); // bob is not here any more
   });
 
   test("in a pipe, none unless it asks for them", async () => {
@@ -3725,47 +3729,103 @@ describe("nothing is missed", () => {
     expect(alex.notices.text).toBe("The client does that itself.\n");
   });
 
-  /** A server that greets as ours does, takes everybody in, and says this to /since. */
-  function pretender(answer: string) {
-    const server = budgetChat({ greeting: WELCOME });
-    const asked = server.heard.until("/since").then(() => server.say(answer.trimEnd()));
-    cleanups.push(() => asked.catch(() => {}));
-    return server;
+  /** A server that greets as ours does, and leaves the rest to the test. */
+  async function pretender(habits: Habits = {}) {
+    const server = budgetChat({ greeting: WELCOME, ...habits });
+    const alex = inProcess(server.port);
+    const entered = alex.room.join("Alex");
+
+    /** Waits for a question, and answers it. */
+    async function answer(question: string, ...lines: string[]) {
+      await server.heard.until(`Alex: ${question}\n`);
+      server.say(...lines);
+    }
+    return { server, ...alex, entered, answer };
   }
 
-  const CAUGHT_UP = "* Since 9 until 9\n* Alex has joined the chat\n* 10\n";
+  const CAUGHT_UP = ["* Since 9 until 9", "* Alex has joined the chat", "* 10"];
+  const CAUGHT_UP_AGAIN = ["* Since 10 until 11", "* 11", "* Alex has joined the chat", "* 12"];
+
+  test("also when the connection is lost on the way out", async () => {
+    const { server, room, answer } = await pretender();
+    await answer("/since", ...CAUGHT_UP);
+    void room.send("one");
+    const left = room.leave();
+    await server.heard.until("Alex: one\n");
+    server.drop();
+    await answer("/since 10", ...CAUGHT_UP_AGAIN);
+    await answer("one", "[Alex] one", "* 13");
+    expect(await left).toEqual({ unsent: 0, isComplete: true });
+  });
+
+  test("also what comes last, without a mark", async () => {
+    const { room, shown, answer, entered } = await pretender({ farewell: "[bob] bye\n" });
+    await answer("/since", ...CAUGHT_UP);
+    await entered;
+    await room.leave();
+    expect(shown.text).toEndWith("[bob] bye\n");
+  });
+
+  test("also when a server says nothing for too long", async () => {
+    PACE.lastWords = 20;
+    cleanups.push(() => (PACE.lastWords = 30_000));
+    const { server, notices, answer, entered } = await pretender();
+    await server.heard.until("/since");
+    PACE.lastWords = 30_000;
+    await notices.until("Connection lost. Trying again");
+    await answer("/since", ...CAUGHT_UP);
+    expect(await entered).toEqual({});
+  });
+
+  test("and after leaving, nothing is asked for that came before", async () => {
+    const { room, answer, entered, server } = await pretender();
+    await answer("/since", ...CAUGHT_UP);
+    await entered;
+    await room.leave();
+    void room.join("Alex");
+    await server.heard.until("joined: Alex\nAlex: /since\n");
+  });
 
   test("but a command without an answer may be lost, and a tool fails", async () => {
-    const server = pretender(CAUGHT_UP);
-    const alex = inProcess(server.port);
-    await alex.room.join("Alex");
-    void alex.room.send("/msg kim secret");
-    expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: false });
+    const { room, answer, entered } = await pretender();
+    await answer("/since", ...CAUGHT_UP);
+    await entered;
+    void room.send("/msg kim secret");
+    expect(await room.leave()).toEqual({ unsent: 0, isComplete: false });
+  });
+
+  test("but a line may be lost when something is missing, and a tool fails", async () => {
+    const { server, room, answer, entered } = await pretender();
+    await answer("/since", ...CAUGHT_UP);
+    await entered;
+    void room.send("one");
+    await server.heard.until("Alex: one\n");
+    server.drop();
+    await answer("/since 10", "* Since 11 until 11", "* Alex has joined the chat", "* 12");
+    expect(await room.leave()).toEqual({ unsent: 0, isComplete: false });
+    expect(server.heard.text.split("Alex: one")).toHaveLength(2);
   });
 
   test("but a tool with nothing to say does not come back for it", async () => {
-    const server = pretender("* Since 9 until 9\n");
-    const alex = inProcess(server.port);
-    const entered = alex.room.join("Alex");
+    const { server, room } = await pretender();
     await server.heard.until("/since");
-    const left = alex.room.leave();
+    const left = room.leave();
     server.drop();
     expect(await left).toEqual({ unsent: 0, isComplete: true });
-    void entered;
   });
 
   test("but another server at the same port cannot say what has arrived", async () => {
-    const server = pretender(CAUGHT_UP);
-    const alex = inProcess(server.port);
-    await alex.room.join("Alex");
-    void alex.room.send("one");
+    const { server, room, answer, entered } = await pretender();
+    await answer("/since", ...CAUGHT_UP);
+    await entered;
+    void room.send("one");
     await server.heard.until("Alex: one\n");
     server.stop();
     const other = budgetChat({ port: server.port });
     await other.heard.until("joined: Alex\n");
-    void alex.room.send("two");
+    void room.send("two");
     await other.heard.until("Alex: two\n");
-    expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: false });
+    expect(await room.leave()).toEqual({ unsent: 0, isComplete: false });
     expect(other.heard.text).not.toContain("one");
   });
 
