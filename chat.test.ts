@@ -4308,9 +4308,17 @@ describe("a history in a file", () => {
 
     const isKept = said.includes("[old] one");
     expect(heard.includes(secret)).toBe(isKept);
+    carol.send("/history\n");
+    const shown = await carol.lines(said.length);
+    expect(shown.map((line) => line.replace(/^\* \d+ /, ""))).toEqual(said);
+
+    // By another process: to read the file in this one would take away its lock.
+    const search = () =>
+      Bun.spawnSync(["grep", "-qs", "secret", file, `${file}-wal`]).exitCode === 0;
+    expect(search()).toBe(isKept);
     carol.socket.terminate();
     await timeToStop(room);
-    expect(fs.readFileSync(file, "latin1").includes("secret")).toBe(isKept);
+    expect(search()).toBe(isKept);
   });
 
   test("is of one room, and not of another in the same process", async () => {
