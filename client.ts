@@ -404,10 +404,17 @@ function costOf({ length }: Uint8Array): number {
 
 /**
  * A line on its way. A server of ours confirms each of them: what is said comes back, and a command is
- * answered, as is a line that is too long. Nothing is sent behind a new name before it is answered,
+ * answered, as is a line that is too long. Nothing is sent after a new name before that is answered,
  * because what is said comes back under our name.
  */
 type Outgoing = { bytes: Uint8Array; kind: "said" | "command" | "rename" };
+
+/** How a server of ours confirms a line. */
+function kindOf(text: string, { length }: Uint8Array): Outgoing["kind"] {
+  if (/^\/nick\s/iu.test(text)) return "rename";
+  const isTooLong = length > MAX_MESSAGE + 1; // with the newline
+  return isTooLong || /^\/(?!\/)/.test(text) ? "command" : "said";
+}
 
 type Outbox = ReturnType<typeof createOutbox>;
 
@@ -482,10 +489,7 @@ export function createOutbox() {
     add(text: string): Promise<void> {
       if (waiting.length === 0) flushed = Promise.withResolvers();
       const bytes = Buffer.from(`${text}\n`);
-      if (/^\/nick\s/iu.test(text)) waiting.push({ bytes, kind: "rename" });
-      else if (/^\/(?!\/)/.test(text)) waiting.push({ bytes, kind: "command" });
-      else if (bytes.length > MAX_MESSAGE + 1) waiting.push({ bytes, kind: "command" });
-      else waiting.push({ bytes, kind: "said" });
+      waiting.push({ bytes, kind: kindOf(text, bytes) });
       return flushed.promise;
     },
 
@@ -512,14 +516,13 @@ export function createOutbox() {
     confirmCommand: () => confirm(isCommand),
 
     /**
-     * The connection is lost. A line that was cut in two is sent again whole: a server drops half of one.
+     * The connection is lost. A line that was cut in two is sent again in full: a server drops the half.
      * @returns how many lines may be lost, because they are not sent again
      */
     handleLoss(): number {
-      const lines = takeUnderWay();
-      const said = lines.filter(isSaid);
-      const lost = unconfirmed + lines.length - said.length;
-      for (const line of said) handleSent(line, true);
+      const lost = unconfirmed + underWay.filter(isCommand).length;
+      underWay = underWay.filter(isSaid);
+      bytesUnderWay = underWay.reduce((sum, { bytes }) => sum + bytes.length, 0);
       taken = 0;
       unconfirmed = 0;
       unconfirmedCost = 0;
@@ -547,13 +550,14 @@ export function createOutbox() {
 }
 
 // --- The history -------------------------------------------------------------------------------
-// To whoever says "/since POSITION", a server of ours says "* Since FROM until JOINED", and then all that
-// the room has heard, in batches, each with its mark, "* POSITION": see README.md, "For programs".
+// A server of ours answers "/since POSITION" with "* Since FROM until JOINED", and then sends all that the
+// room has heard since, in batches, each followed by its mark, "* POSITION": see README.md, "For
+// programs that must not miss a line".
 
 const SINCE = /^\* Since (\d{1,16}) until (\d{1,16})$/;
 const MARK = /^\* (\d{1,16})$/;
 const RECALLED = /^\* (\d{16}) (\[.*)/s; // a line of the history, with its position
-const ANSWERED = "* Answered"; // behind the answer to each command
+const ANSWERED = "* Answered"; // after the answer to each command
 const SHUTDOWN = "* The server is shutting down";
 
 const RECALL_END: Entry = { text: "* ---" };
@@ -562,19 +566,19 @@ const GAP: Entry = { text: "* Some lines are missing here." };
 /** How far a connection has come. */
 type Progress =
   | { at: "asking" } // nothing has been answered yet
-  // What comes now was said before we joined, behind this position. If we have been in the room
+  // What comes now was said before we joined, which was after this position. If we have been in the room
   // before, we have missed it.
-  | { at: "before"; joinedAfter: number; isMissed: boolean }
+  | { at: "catchingUp"; joinedAfter: number; isMissed: boolean }
   | { at: "present" };
 
 /**
- * What some lines have brought: what comes before our arrival, whether that has come, what comes then,
- * and how many of our own lines may have arrived or not.
+ * What some lines have brought: entries from before our arrival, whether we have arrived, entries from
+ * then on, and how many of our own lines are in doubt.
  */
-type News = { before: Entry[]; hasArrived: boolean; present: Entry[]; doubtful: number };
+type News = { missed: Entry[]; hasArrived: boolean; present: Entry[]; doubtful: number };
 
 function noNews(): News {
-  return { before: [], hasArrived: false, present: [], doubtful: 0 };
+  return { missed: [], hasArrived: false, present: [], doubtful: 0 };
 }
 
 function classifyFollowed(line: string): Entry {
@@ -604,7 +608,7 @@ export function createFollower(outbox: Outbox, recall = 0) {
 
   function add(entry: Entry): void {
     if (progress.at === "present") news.present.push(entry);
-    else news.before.push(entry);
+    else news.missed.push(entry);
   }
 
   function hold(entry: Entry): void {
@@ -638,25 +642,25 @@ export function createFollower(outbox: Outbox, recall = 0) {
     else if (isUncertain) me = null;
 
     if (progress.at === "present") add(entry);
-    else if (progress.at === "before" && progress.isMissed) add({ ...entry, at: at / 1000 });
+    else if (progress.at === "catchingUp" && progress.isMissed) add({ ...entry, at: at / 1000 });
   }
 
   /** The answer to /since. It comes again wherever something is missing. */
-  function takeSince(from: number, joinedAfter: number, name: string): void {
+  function takeSince(since: number, joinedAfter: number, name: string): void {
     const hasRecalled = held.some(({ isRecalled }) => isRecalled);
     dropHeld();
     if (progress.at !== "asking") {
       addGap();
     } else if (position === null) {
       if (hasRecalled) add(RECALL_END);
-      progress = { at: "before", joinedAfter, isMissed: false };
+      progress = { at: "catchingUp", joinedAfter, isMissed: false };
     } else {
       const isSameHistory = position <= joinedAfter; // our last mark is older than our arrival
-      if (from !== position || !isSameHistory) addGap();
-      progress = { at: "before", joinedAfter, isMissed: true };
+      if (since !== position || !isSameHistory) addGap();
+      progress = { at: "catchingUp", joinedAfter, isMissed: true };
     }
-    position = from;
-    if (from > joinedAfter) arrive(name);
+    position = since;
+    if (since > joinedAfter) arrive(name);
   }
 
   function addGap(): void {
@@ -668,7 +672,7 @@ export function createFollower(outbox: Outbox, recall = 0) {
 
   function takeMark(at: number, name: string): void {
     const batch = takeHeld();
-    const isArrival = progress.at === "before" && at > progress.joinedAfter;
+    const isArrival = progress.at === "catchingUp" && at > progress.joinedAfter;
     const isOwn = ({ did, who = "" }: Entry) => did === "joined" && isSameName(who, name);
     const arrival = isArrival ? batch.findLast(isOwn) : undefined;
 
@@ -707,11 +711,11 @@ export function createFollower(outbox: Outbox, recall = 0) {
     take(lines: string[], name: string): News {
       news = noNews();
       for (const line of lines) {
-        const [, from, joinedAfter] = SINCE.exec(line) ?? [];
+        const [, since, joinedAfter] = SINCE.exec(line) ?? [];
         const [, mark] = MARK.exec(line) ?? [];
         const entry = classifyFollowed(line);
         const isAtOnce = isTold(entry) && held.length === 0 && progress.at !== "asking";
-        if (from !== undefined) takeSince(Number(from), Number(joinedAfter), name);
+        if (since !== undefined) takeSince(Number(since), Number(joinedAfter), name);
         else if (mark !== undefined) takeMark(Number(mark), name);
         else if (isAtOnce) hearTold(entry);
         else hold(entry);
@@ -725,12 +729,14 @@ export function createFollower(outbox: Outbox, recall = 0) {
       news = noNews();
       if (progress.at === "asking") held = held.filter(({ isRecalled }) => !isRecalled); // comes again
       dropHeld();
-      return [...news.before, ...news.present];
+      return [...news.missed, ...news.present];
     },
 
-    /** We leave, so nothing comes again. @returns the last lines, which have no mark */
+    /** We leave, so nothing comes again: what has no mark counts as well. @returns the last lines */
     finish(): Entry[] {
-      return takeHeld().filter(({ from, text }) => text !== ANSWERED && (!from || from !== me));
+      news = noNews();
+      takeMark(position ?? 0, me ?? "");
+      return [...news.missed, ...news.present];
     },
   };
 }
@@ -964,8 +970,8 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       return;
     }
 
-    const { before, hasArrived, present, doubtful } = follower.take(lines, name);
-    show(before);
+    const { missed, hasArrived, present, doubtful } = follower.take(lines, name);
+    show(missed);
     if (doubtful > 0) doubt(SAID_IN_DOUBT);
     if (hasArrived && state.at === "catchingUp") {
       screen.showRoster(state.roster);
@@ -1959,7 +1965,7 @@ function createPacer(): () => Promise<void> {
 
 /** What has become of the lines, if it is not good. In a pipe more of them may have come behind. */
 function describe({ unsent, isComplete }: Farewell, isPerson: boolean): string {
-  const more = isPerson ? "" : ", nor was anything behind";
+  const more = isPerson ? "" : ", nor was anything after them";
   if (unsent > 0) return `${linesWere(unsent)} not sent${more}.`;
   return isComplete ? "" : "The last lines may be lost.";
 }

@@ -75,7 +75,7 @@ const MAX_NEWS_DELAY = 50; // that arrivals and departures may wait to be told i
 // The history.
 const DEFAULT_RECALL = 20; // lines that /history shows
 const MAX_RECALL = 200; // and the most that it shows
-const MAX_SEARCH = 100_000; // batches in which the last lines that were said are looked for
+const MAX_SEARCH = 100_000; // batches that are searched for each of them when the server starts
 const HISTORY_MEMORY = 4 * MIB; // bytes of a history that is in no file
 const CHECK_MEMORY = 64 * KIB; // characters that are stored between two looks at that memory
 const STORE_AGAIN = 1000; // ms until the next try after the history could not be stored
@@ -93,6 +93,7 @@ const OVERWRITE = 60_000; // ms at least between two times that the file is clea
 const MAX_REPLAY = 256 * KIB; // characters that it gets at once
 const MAX_REPLAY_BATCHES = 1000; // and batches
 const REPLAY_RATE = 2 * MIB; // bytes a second
+const REPLAY_BURST = 2_000; // ms' worth of them at once
 const BATCH_OVERHEAD = 512; // bytes that a batch counts besides its text
 
 // The price of work, in short lines: see "Budgets".
@@ -201,11 +202,11 @@ class Server {
 type Phase = "connecting" | "naming" | "joined" | "closing";
 
 /**
- * Whether a client hears what it says itself, and a mark behind each batch: see "Followers".
+ * Whether a client hears what it says itself, and a mark after each batch: see "Followers".
  * - no: it is a person, or a program that does not care.
  * - asked: it wants to, and gets what it has missed after the next flush.
- * - replaying: it gets what it has missed.
- * - draining: it gets more of that when its queue is empty.
+ * - replaying: it gets what it has missed, as it pays for it.
+ * - draining: the same, but its queue must be empty first.
  * - live: it gets each batch and its mark.
  */
 type Following =
@@ -213,7 +214,7 @@ type Following =
   | { is: "asked"; from: Start }
   | { is: "replaying" | "draining"; until: number }; // the position up to which it has everything
 
-/** Where a replay begins: behind a position, or with the last lines that were said before. */
+/** Where a replay begins: after a position, or with the last lines that were said before it joined. */
 type Start = { position: number } | { lastLines: number };
 
 /** One connection, from accept to close. It is the `socket.data` of its socket. */
@@ -1046,11 +1047,12 @@ function readLines(server: Server, client: Client): void {
     if (newline === -1) break;
     const end = newline > start && bytes[newline - 1] === RETURN ? newline - 1 : newline;
 
-    // Its slice is used up, or that of all clients in this turn. A full batch that has left in the
-    // midst of its lines ends a slice, too, because flushes take long.
+    // Its slice is used up, or the time of this turn. Or a full batch has left in the midst of its
+    // lines, which takes long.
     const isOver = client.sliceUsed > SLICE || server.flushes !== flushes || isTurnOver(server);
     const line = bytes.subarray(start, end);
-    if (isOver || (server.answerBytes > MAX_ANSWERS && mayBeAnswered(client, line))) {
+    const isTooMuch = server.answerBytes > MAX_ANSWERS && mayGetLongAnswer(client, line);
+    if (isOver || isTooMuch) {
       holdBack(server, client, bytes.subarray(start));
       waitForTurn(server, client);
       return;
@@ -1090,8 +1092,8 @@ function endTurn(server: Server): void {
   server.answerBytes = 0;
 }
 
-/** Whether a line may get a long answer: a name, or a command that is not known to get a short one. */
-function mayBeAnswered({ phase }: Client, line: Buffer): boolean {
+/** Whether a line may get a long answer: a name, or a command that is not /msg, /nick or /quit. */
+function mayGetLongAnswer({ phase }: Client, line: Buffer): boolean {
   return phase === "naming" || /^\/[^mnq/]/i.test(line.toString("latin1", 0, 2));
 }
 
@@ -1243,9 +1245,10 @@ function tell(server: Server, client: Client, line: string): void {
 /** Gives a client a batch of its own, with all of the common batch up to `end` that it should get. */
 function extendOwnBatch(client: Client, end: number): Part[] {
   client.ownBatch ??= [];
-  if (!hearsBatches(client)) return client.ownBatch;
-  if (client.ownBatchEnd < end) client.ownBatch.push({ start: client.ownBatchEnd, end });
-  client.ownBatchEnd = end;
+  if (hearsBatches(client)) {
+    if (client.ownBatchEnd < end) client.ownBatch.push({ start: client.ownBatchEnd, end });
+    client.ownBatchEnd = end;
+  }
   return client.ownBatch;
 }
 
@@ -1283,7 +1286,7 @@ function gather(server: Server, deadline: number, idleTurns: number, inputs: num
 /** Sends everybody the same bytes, except clients that have a batch of their own. */
 function flush(server: Server): void {
   const started = performance.now();
-  const { batch: text, batchBytes, leavers } = server;
+  const { batch: text, batchBytes: end, leavers } = server;
 
   // Whatever fails below, the next line begins a new batch.
   server.batch = "";
@@ -1295,16 +1298,17 @@ function flush(server: Server): void {
   // It is stored before anybody gets it: what was heard is never forgotten.
   const mark = text === "" ? "" : storeBatch(server, text);
   const parcel = new Parcel(Buffer.from(text + mark));
-  const batch = { parcel, start: 0, end: batchBytes };
-  const markedBatch = wholeOf(parcel);
-  for (const client of leavers) serve(server, client, () => queueLastBatch(server, client, batch));
+  const unmarked = { parcel, start: 0, end };
+  const marked = wholeOf(parcel); // for followers
+  for (const client of leavers)
+    serve(server, client, () => queueLastBatch(server, client, unmarked));
   sendToLeavers(server, leavers);
 
   // Iterate over a copy: an exception may remove a client.
   for (const client of [...server.clients]) {
+    const batch = client.following.is === "live" ? marked : unmarked;
     try {
-      const isLive = client.following.is === "live";
-      sendBatch(server, client, isLive ? markedBatch : batch); // not by `serve`, whose closures would cost a few percent
+      sendBatch(server, client, batch); // not by `serve`, whose closures would cost a few percent
     } catch (error) {
       handleError(server, client.socket, error);
     }
@@ -1320,7 +1324,7 @@ function flush(server: Server): void {
 }
 
 function sendBatch(server: Server, client: Client, batch: Piece): void {
-  client.sliceUsed = 0;
+  client.sliceUsed = 0; // a flush begins a new slice
   if (client.ownBatch === null) {
     if (hearsBatches(client)) send(server, client, batch);
     return;
@@ -1470,7 +1474,7 @@ function sendQueue(server: Server, client: Client): void {
   }
   for (const entry of client.queue.splice(0, done)) dropEntry(server, entry);
   finishWriting(client);
-  if (client.following.is === "draining") scheduleReplay(server, client);
+  if (client.following.is === "draining") replayMoreLater(server, client);
 }
 
 /** An entry has left a queue. */
@@ -1635,7 +1639,7 @@ function quit(server: Server, client: Client): void {
 // other batch has. An empty row is a gap: what came just before it is not known. The first row is
 // always one.
 
-type Batch = { at: number; text: string };
+type StoredBatch = { at: number; text: string };
 type History = ReturnType<typeof openHistory>;
 
 // Entry N upgrades a file from version N to N + 1.
@@ -1667,20 +1671,21 @@ function openHistory({ db: file, logError }: ServerOptions) {
   const statements = prepareStatements(database);
 
   let position = lastPosition(database);
-  let failure: { at: number; retryAfter: number } | null = null; // the last batch was not stored
+  let failure: { at: number; retryAfter: number } | null = null; // null while batches can be stored
   let unmeasured = 0; // characters stored since the last look at the memory
   let forgetting: Timer | undefined; // there is more to forget
-  let forgetAfter = -Infinity; // ms
-  let overwriteAfter = -Infinity; // ms
+  let forgetNotBefore = -Infinity; // ms; after a failure
+  let overwriteNotBefore = -Infinity; // ms
   let isOverwritten = true; // all that was forgotten is
 
   function store(text: string): void {
+    if (failure) statements.insert.run(failure.at, "");
+    statements.insert.run(position, text);
     if (failure) {
-      statements.insert.run(failure.at, "");
       logError?.("The history can be stored again. Something is missing in it.");
+      stamp(file, Date.now());
       failure = null;
     }
-    statements.insert.run(position, text);
     unmeasured += text.length;
     if (file === undefined && unmeasured > CHECK_MEMORY) keepSmall();
   }
@@ -1695,7 +1700,7 @@ function openHistory({ db: file, logError }: ServerOptions) {
   function handleFailure(error: unknown): void {
     if (!failure) {
       logError?.(`The history cannot be stored: ${reasonOf(error)}. The chat goes on.`);
-      markIncomplete(file);
+      stamp(file, INCOMPLETE);
     }
     failure = { at: position, retryAfter: performance.now() + STORE_AGAIN };
   }
@@ -1714,7 +1719,7 @@ function openHistory({ db: file, logError }: ServerOptions) {
   function forgetBefore(oldest: number): void {
     const started = performance.now();
     clearTimeout(forgetting);
-    if (started < forgetAfter) return;
+    if (started < forgetNotBefore) return;
     try {
       while (forget(oldest)) {
         if (performance.now() < started + FORGETTING) continue;
@@ -1724,20 +1729,20 @@ function openHistory({ db: file, logError }: ServerOptions) {
       overwrite();
     } catch (error) {
       if (!failure) logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
-      forgetAfter = started + FORGET_AGAIN;
+      forgetNotBefore = started + FORGET_AGAIN;
     }
   }
 
   /** Until the -wal file is written into the other one, both still hold what was forgotten. */
   function overwrite(): void {
-    if (isOverwritten || performance.now() < overwriteAfter) return;
+    if (isOverwritten || performance.now() < overwriteNotBefore) return;
     database.run("PRAGMA wal_checkpoint(TRUNCATE)");
-    overwriteAfter = performance.now() + OVERWRITE;
+    overwriteNotBefore = performance.now() + OVERWRITE;
     isOverwritten = true;
   }
 
   return {
-    /** Of the last batch. */
+    /** The position of the last batch. */
     get position() {
       return position;
     },
@@ -1759,8 +1764,8 @@ function openHistory({ db: file, logError }: ServerOptions) {
       return position;
     },
 
-    /** The first batch behind a position, which is empty if something is missing before its end. */
-    next(after: number): Batch | null {
+    /** The first batch after a position, which is empty if something is missing before its end. */
+    next(after: number): StoredBatch | null {
       try {
         const batch = statements.select.get(after);
         if (batch) return batch;
@@ -1800,7 +1805,7 @@ function openHistory({ db: file, logError }: ServerOptions) {
       } catch (error) {
         logError?.(`The history cannot be closed: ${reasonOf(error)}.`);
       }
-      if (failure) markIncomplete(file);
+      if (failure) stamp(file, INCOMPLETE);
     },
   };
 }
@@ -1809,12 +1814,12 @@ function prepareStatements(database: Database) {
   return {
     insert: database.query<null, [at: number, text: string]>("INSERT INTO history VALUES (?, ?)"),
 
-    select: database.query<Batch, [after: number]>(
+    select: database.query<StoredBatch, [after: number]>(
       "SELECT at, text FROM history WHERE at > ? ORDER BY at LIMIT 1",
     ),
 
     /** The last batch before a position in which somebody says something. */
-    selectSaid: database.query<Batch, [before: number, batches: number]>(
+    selectSaid: database.query<StoredBatch, [before: number, batches: number]>(
       `SELECT at, text FROM (SELECT at, text FROM history WHERE at < ? ORDER BY at DESC LIMIT ?)
        WHERE instr(char(10) || text, char(10) || '[') > 0 LIMIT 1`,
     ),
@@ -1855,12 +1860,13 @@ function openDatabase(file?: string): Database {
   }
 }
 
-// A full disk takes no row that says so, but it takes a time stamp.
+// A full disk takes no row that says that something is missing, but it takes a time stamp.
 const INCOMPLETE = 0; // ms since 1970
 
-function markIncomplete(file = ""): void {
+/** Sets the time stamp of a file, which says whether its end is complete. */
+function stamp(file = "", time: number): void {
   try {
-    utimesSync(file, INCOMPLETE, INCOMPLETE);
+    utimesSync(file, new Date(time), new Date(time));
   } catch {} // it is in memory, or the file is gone
 }
 
@@ -1868,7 +1874,7 @@ function markIncomplete(file = ""): void {
 function addGap(database: Database, path: string): void {
   const at = Math.max(lastPosition(database) + 1, Date.now() * 1000);
   database.run("INSERT INTO history VALUES (?, '')", [at]);
-  utimesSync(path, new Date(), new Date());
+  stamp(path, Date.now());
 }
 
 /** Makes sure of a file before SQLite touches it. Only its owner may read a new one. */
@@ -1930,7 +1936,7 @@ function storeBatch(server: Server, text: string): string {
   const at = server.history.save(text);
   const first = Math.max(0, server.said.length - server.saidInBatch);
   for (const said of server.said.slice(first)) said.at = at;
-  if (server.saidInBatch > 0) server.recallForFollowers = null;
+  if (server.saidInBatch > 0) dropRecalls(server);
   server.saidInBatch = 0;
   return markOf(at);
 }
@@ -1940,6 +1946,11 @@ function rememberSaid(server: Server, line: string): void {
   if (server.said.length >= 2 * MAX_RECALL) server.said = server.said.slice(-MAX_RECALL);
   server.said.push({ at: Math.max(server.history.position + 1, Date.now() * 1000), line });
   server.saidInBatch++;
+  dropRecalls(server);
+}
+
+/** The answers to /history are out of date. */
+function dropRecalls(server: Server): void {
   server.recallForPeople = null;
   server.recallForFollowers = null;
 }
@@ -1954,8 +1965,7 @@ function forgetOld(server: Server): void {
   const [first] = server.said;
   if (!first || first.at >= oldest) return;
   server.said = server.said.filter(({ at }) => at >= oldest);
-  server.recallForPeople = null;
-  server.recallForFollowers = null;
+  dropRecalls(server);
 }
 
 /** Answers /history with a part of what all get. People see dates, and followers positions. */
@@ -2011,13 +2021,13 @@ function formatTime(at: number): string {
 
 // --- Followers ---------------------------------------------------------------------------------
 // A program that must not miss a line says /since. From then on it is a follower: it hears its own
-// lines, too, behind each batch a mark, "* POSITION", and behind the answer to each of its commands
+// lines, too, after each batch a mark, "* POSITION", and after the answer to each of its commands
 // "* Answered". When its connection is lost, it comes back and says "/since POSITION", with the last
 // mark. The answer begins with
 //
 //     * Since FROM until JOINED
 //
-// and goes on with the batches behind FROM and their marks. From FROM on, nothing is missing. If
+// and goes on with the batches after FROM and their marks. From FROM on, nothing is missing. If
 // something is missing later on, such a line comes again there. JOINED is the last position before the
 // client joined, so the next batch has its arrival. What it said on an earlier connection, under the
 // same name, comes before that arrival, or did not arrive.
@@ -2040,7 +2050,7 @@ function follow(server: Server, client: Client, rest: string): void {
   const from = rest.startsWith("-") ? { lastLines: -number } : { position: number };
   client.following = { is: "asked", from };
 
-  // The replay brings what it should still get of this batch. Only what it was told comes nowhere else.
+  // The replay brings the rest of this batch. What only it was told comes nowhere else.
   const isTold = (part: Part) => "text" in part || "parcel" in part;
   client.ownBatch = client.ownBatch?.filter(isTold) ?? null;
   client.ownBatchEnd = 0;
@@ -2059,7 +2069,7 @@ function confirmAnswer(server: Server, client: Client): void {
   if (isLive) tell(server, client, "* Answered");
 }
 
-/** Called behind a flush, when the arrival of each new follower is in the history. */
+/** Called at the end of a flush, when the arrival of each new follower is in the history. */
 function startReplays(server: Server): void {
   for (const client of server.newFollowers.splice(0))
     postpone(server, client, () => startReplay(server, client));
@@ -2076,7 +2086,7 @@ function startReplay(server: Server, client: Client): void {
   const first = history.next(start);
   const until = first?.text === "" ? first.at : start;
   client.following = { is: "replaying", until };
-  continueReplay(server, client, recalled + sinceLine(client, until));
+  replaySome(server, client, recalled + sinceLine(client, until));
 }
 
 /** The last lines that people have said before a client joined. */
@@ -2092,10 +2102,10 @@ function sinceLine({ joinedAfter }: Client, position: number): string {
 }
 
 /** Sends some of what a client has missed. When that was all, it gets the batches as they come. */
-function continueReplay(server: Server, client: Client, begin = ""): void {
+function replaySome(server: Server, client: Client, begin = ""): void {
   if (client.phase !== "joined" || client.following.is !== "replaying") return;
   if (isTurnOver(server)) {
-    postpone(server, client, () => continueReplay(server, client, begin));
+    postpone(server, client, () => replaySome(server, client, begin));
     return;
   }
 
@@ -2116,35 +2126,33 @@ function continueReplay(server: Server, client: Client, begin = ""): void {
 
   if (batch) {
     client.following = { is: "draining", until };
-    scheduleReplay(server, client);
+    replayMoreLater(server, client);
   } else {
     client.following = { is: "live" };
     readOn(server, client);
   }
 }
 
-/** Charges for bytes of the history. @returns ms until they are paid for */
-function payForReplay(server: Server, client: Client, bytes: number): number {
+/** Charges for bytes of the history. Many may come back from one address, so each pays on its own. */
+function payForReplay(server: Server, client: Client, bytes: number): void {
   const { rate } = server.options;
-  if (rate === 0) return 0;
-
-  // Many may come back at once from one address, so each pays on its own.
+  if (rate === 0) return;
   spend(client, bytes / HISTORY_BYTES_PER_UNIT, rate); // for which its next line waits
-  return spend(client.replay, bytes, REPLAY_RATE, NEWCOMER_BURST);
+  spend(client.replay, bytes, REPLAY_RATE, REPLAY_BURST); // for which the replay waits
 }
 
 /** Goes on when a client has read what it got, and has paid for it. */
-function scheduleReplay(server: Server, client: Client): void {
+function replayMoreLater(server: Server, client: Client): void {
   if (client.following.is !== "draining" || client.queue.length > 0) return;
 
   client.following = { is: "replaying", until: client.following.until };
-  const wait = payForReplay(server, client, 0);
-  setTimeout(postpone, wait, server, client, () => continueReplay(server, client));
+  const wait = Math.max(0, client.replay.paidUntil - performance.now());
+  setTimeout(postpone, wait, server, client, () => replaySome(server, client));
 }
 
 // --- Budgets -----------------------------------------------------------------------------------
 // Work is paid for with time: a unit, which is about a short line, costs 1/rate of a second. A
-// client that is ahead of the time waits, and loses nothing. A line is charged when it begins to wait, so that
+// client that is ahead of the rate waits, and loses nothing. A line is charged when it begins to wait, so that
 // clients with a common budget take turns.
 
 /**
@@ -2160,7 +2168,10 @@ function charge(server: Server, client: Client, units: number): number {
   return Math.max(wait, spend(client.address, units, ADDRESS_SHARE * rate));
 }
 
-/** Spends units of which `rate` are earned a second, for `burst` ms at most. Returns as `charge`. */
+/**
+ * Charges an account that earns `rate` units a second and can save up `burst` ms' worth.
+ * @returns ms until they are paid for
+ */
 function spend(account: Account, units: number, rate: number, burst = BURST): number {
   const now = performance.now();
   account.paidUntil = Math.max(account.paidUntil, now - burst) + (units * 1000) / rate;
