@@ -59,7 +59,7 @@ const MAX_PEOPLE = 10_000; // names remembered for Tab
 const MAX_TYPED_LINES = 1000; // that Up brings back
 const MAX_RECALL = 200; // lines of the history that a server shows
 const MAX_MESSAGE = 4096; // bytes of a line that a server of ours takes
-const MAX_HELD = 2 * 1024 * 1024; // characters of lines that wait for a mark; ours sends up to 900,000
+const MAX_HELD = 16 * 1024 * 1024; // characters of lines that wait for a mark: a batch of short ones
 const LINE_OVERHEAD = 200; // characters that such a line counts besides its text
 const MAX_UNDER_WAY = 1024 * 1024; // bytes of lines that were sent and have not come back
 const MAX_OUTPUT = 64 * 1024; // characters that may wait for the terminal before we stop reading
@@ -531,6 +531,7 @@ export function createOutbox() {
 
     /** What has not come back did not arrive: it waits again, before all else. */
     requeue(): void {
+      if (waiting.length === 0 && underWay.length > 0) flushed = Promise.withResolvers();
       waiting = [...takeUnderWay(), ...waiting];
     },
 
@@ -567,8 +568,8 @@ const GAP: Entry = { text: "* Some lines are missing here." };
 type Progress =
   | { at: "asking" } // nothing has been answered yet
   // What comes now was said before we joined, which was after this position. If we have been in the room
-  // before, we have missed it.
-  | { at: "catchingUp"; joinedAfter: number; isMissed: boolean }
+  // before, we have missed it. Otherwise some of it may be recalled.
+  | { at: "catchingUp"; joinedAfter: number; isMissed: boolean; hasRecalled: boolean }
   | { at: "present" };
 
 /**
@@ -641,8 +642,14 @@ export function createFollower(outbox: Outbox, recall = 0) {
     if (me !== null && isRename) me = renamed;
     else if (isUncertain) me = null;
 
-    if (progress.at === "present") add(entry);
-    else if (progress.at === "catchingUp" && progress.isMissed) add({ ...entry, at: at / 1000 });
+    if (progress.at === "present") {
+      add(entry);
+    } else if (progress.at === "catchingUp" && progress.isMissed) {
+      add({ ...entry, at: at / 1000 });
+    } else if (progress.at === "catchingUp" && from !== undefined && recall > 0) {
+      progress.hasRecalled = true; // it was said in the moment of our arrival
+      add({ ...entry, at: at / 1000, isRecalled: true });
+    }
   }
 
   /** The answer to /since. It comes again wherever something is missing. */
@@ -652,12 +659,11 @@ export function createFollower(outbox: Outbox, recall = 0) {
     if (progress.at !== "asking") {
       addGap();
     } else if (position === null) {
-      if (hasRecalled) add(RECALL_END);
-      progress = { at: "catchingUp", joinedAfter, isMissed: false };
+      progress = { at: "catchingUp", joinedAfter, isMissed: false, hasRecalled };
     } else {
       const isSameHistory = position <= joinedAfter; // our last mark is older than our arrival
       if (since !== position || !isSameHistory) addGap();
-      progress = { at: "catchingUp", joinedAfter, isMissed: true };
+      progress = { at: "catchingUp", joinedAfter, isMissed: true, hasRecalled: false };
     }
     position = since;
     if (since > joinedAfter) arrive(name);
@@ -687,6 +693,7 @@ export function createFollower(outbox: Outbox, recall = 0) {
 
   function arrive(name: string): void {
     if (progress.at === "present") return;
+    if (progress.at === "catchingUp" && progress.hasRecalled) add(RECALL_END);
     progress = { at: "present" };
     news.hasArrived = true;
     me = name;

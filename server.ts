@@ -1667,6 +1667,7 @@ function reasonOf(error: unknown): string {
  * @throws Error with a message for the user
  */
 function openHistory({ db: file, logError }: ServerOptions) {
+  const isComplete = wasComplete(file);
   const database = openDatabase(file);
   const statements = prepareStatements(database);
 
@@ -1677,6 +1678,11 @@ function openHistory({ db: file, logError }: ServerOptions) {
   let forgetNotBefore = -Infinity; // ms; after a failure
   let overwriteNotBefore = -Infinity; // ms
   let isOverwritten = true; // all that was forgotten is
+
+  if (!isComplete) {
+    position = Math.max(position + 1, Date.now() * 1000);
+    failure = { at: position, retryAfter: -Infinity };
+  }
 
   function store(text: string): void {
     if (failure) statements.insert.run(failure.at, "");
@@ -1698,10 +1704,8 @@ function openHistory({ db: file, logError }: ServerOptions) {
   }
 
   function handleFailure(error: unknown): void {
-    if (!failure) {
-      logError?.(`The history cannot be stored: ${reasonOf(error)}. The chat goes on.`);
-      stamp(file, INCOMPLETE);
-    }
+    if (!failure) logError?.(`The history cannot be stored: ${reasonOf(error)}. The chat goes on.`);
+    stamp(file, INCOMPLETE);
     failure = { at: position, retryAfter: performance.now() + STORE_AGAIN };
   }
 
@@ -1735,7 +1739,7 @@ function openHistory({ db: file, logError }: ServerOptions) {
 
   /** Until the -wal file is written into the other one, both still hold what was forgotten. */
   function overwrite(): void {
-    if (isOverwritten || performance.now() < overwriteNotBefore) return;
+    if (isOverwritten || failure || performance.now() < overwriteNotBefore) return;
     database.run("PRAGMA wal_checkpoint(TRUNCATE)");
     overwriteNotBefore = performance.now() + OVERWRITE;
     isOverwritten = true;
@@ -1852,9 +1856,7 @@ function openDatabase(file?: string): Database {
   try {
     const path = resolve(file); // SQLite would take some names for something else
     checkFile(path);
-    const database = prepareDatabase(path);
-    if (statSync(path).mtimeMs === INCOMPLETE) addGap(database, path);
-    return database;
+    return prepareDatabase(path);
   } catch (error) {
     throw new Error(`${file} cannot be the history: ${reasonOf(error)}.`);
   }
@@ -1870,11 +1872,10 @@ function stamp(file = "", time: number): void {
   } catch {} // it is in memory, or the file is gone
 }
 
-/** Adds what an earlier server could not: that something is missing at the end. */
-function addGap(database: Database, path: string): void {
-  const at = Math.max(lastPosition(database) + 1, Date.now() * 1000);
-  database.run("INSERT INTO history VALUES (?, '')", [at]);
-  stamp(path, Date.now());
+/** Whether a server before this one could store everything. */
+function wasComplete(file?: string): boolean {
+  const status = file === undefined ? undefined : statSync(file, { throwIfNoEntry: false });
+  return status?.mtimeMs !== INCOMPLETE;
 }
 
 /** Makes sure of a file before SQLite touches it. Only its owner may read a new one. */
@@ -2076,9 +2077,14 @@ function startReplays(server: Server): void {
 }
 
 function startReplay(server: Server, client: Client): void {
-  if (client.following.is !== "asked") return;
+  if (client.following.is !== "asked" || client.phase !== "joined") return;
+  if (isTurnOver(server)) {
+    postpone(server, client, () => startReplay(server, client));
+    return;
+  }
+
   const { from } = client.following;
-  const recalled = "lastLines" in from ? recall(server, client, from.lastLines) : "";
+  if ("lastLines" in from) sendLastLines(server, client, from.lastLines);
 
   const { history } = server;
   const asked = "lastLines" in from ? client.joinedAfter : from.position;
@@ -2086,15 +2092,20 @@ function startReplay(server: Server, client: Client): void {
   const first = history.next(start);
   const until = first?.text === "" ? first.at : start;
   client.following = { is: "replaying", until };
-  replaySome(server, client, recalled + sinceLine(client, until));
+  replaySome(server, client, sinceLine(client, until));
 }
 
-/** The last lines that people have said before a client joined. */
-function recall({ said }: Server, { joinedAfter }: Client, count: number): string {
-  const before = said.filter(({ at }) => at <= joinedAfter);
-  const first = Math.max(0, before.length - Math.min(count, MAX_RECALL));
-  const lines = before.slice(first);
-  return lines.map(({ at, line }) => `* ${at} ${line}\n`).join("");
+/** Sends the last lines that people have said before a client joined, a part of what all get. */
+function sendLastLines(server: Server, client: Client, count: number): void {
+  const { parcel, starts } = forFollowers(server);
+  const recalled = server.said.slice(-MAX_RECALL);
+  const after = recalled.findIndex(({ at }) => at > client.joinedAfter);
+  const end = after === -1 ? recalled.length : after;
+
+  const start = starts[Math.max(0, end - count)] ?? parcel.bytes.length;
+  const piece = { parcel, start, end: starts[end] ?? parcel.bytes.length };
+  send(server, client, piece);
+  payForReplay(server, client, piece.end - piece.start);
 }
 
 function sinceLine({ joinedAfter }: Client, position: number): string {
@@ -2123,6 +2134,7 @@ function replaySome(server: Server, client: Client, begin = ""): void {
   const parcel = new Parcel(Buffer.from(text));
   send(server, client, wholeOf(parcel));
   payForReplay(server, client, parcel.bytes.length + batches * BATCH_OVERHEAD);
+  dropGreediest(server);
 
   if (batch) {
     client.following = { is: "draining", until };
