@@ -15,7 +15,8 @@
  *
  * Contents:
  *   1. An example
- *   2. Helpers: waiting, rooms, peers, programs, a foreign server, a screen, certificates
+ *   2. Helpers: waiting, rooms, peers, programs, a foreign server, a proxy, a screen, certificates,
+ *      histories
  *   3. Text and names
  *   4. The room
  *   5. The protocol: joining, messages, framing, commands, leaving
@@ -766,6 +767,59 @@ function inPipeWith(habits: Habits = {}, start = client, script = `exec "$0" "$@
   return { server, alex: inPipe(["bash", "-c", script, ...command]) };
 }
 
+// --- A proxy
+
+/** A proxy in front of a port, which cuts each connection after some bytes, until it is calm. */
+function cutter(port: () => number, random: (limit: number) => number) {
+  type Side = { other?: Socket<Side>; early: Buffer[]; budget: { bytes: number } };
+  const state = { isCalm: true, cuts: 0 };
+
+  function forward(from: Socket<Side>, chunk: Buffer): void {
+    const { other, early, budget } = from.data;
+    if (!other) {
+      early.push(chunk);
+      return;
+    }
+    const passed = state.isCalm ? chunk : chunk.subarray(0, budget.bytes);
+    budget.bytes -= passed.length;
+    other.write(passed); // short enough for the kernel to take it
+    if (passed.length === chunk.length) return;
+    state.cuts++;
+    const isReset = random(2) === 0;
+    for (const socket of [from, other]) {
+      if (isReset) socket.terminate();
+      else socket.end();
+    }
+  }
+
+  const handlers: Bun.SocketHandler<Side> = {
+    data: (socket, chunk) => forward(socket, Buffer.from(chunk)),
+    close: (socket) => void socket.data.other?.end(),
+    error() {},
+  };
+  const listener = Bun.listen<Side>({
+    hostname: "127.0.0.1",
+    port: 0,
+    socket: {
+      ...handlers,
+      open(socket) {
+        const budget = { bytes: 60 + random(random(4) > 0 ? 1200 : 8000) };
+        socket.data = { early: [], budget };
+        const data: Side = { other: socket, early: [], budget };
+        Bun.connect<Side>({ hostname: "127.0.0.1", port: port(), data, socket: handlers }).then(
+          (other) => {
+            socket.data.other = other;
+            for (const chunk of socket.data.early) forward(socket, chunk);
+          },
+          () => socket.end(),
+        );
+      },
+    },
+  });
+  cleanups.push(() => listener.stop(true));
+  return { port: listener.port, state };
+}
+
 // --- A screen
 
 /** A row of the screen: a cell for each column, and whether the terminal wrapped it by itself. */
@@ -879,6 +933,77 @@ async function makeCertificate(name: string, hosts = "DNS:localhost,IP:127.0.0.1
 
 const certificate = await makeCertificate("first");
 const renewed = await makeCertificate("second");
+
+// --- Histories
+
+/** The name of a file that does not exist yet, in a folder of its own. */
+const newFile = () => `${fs.mkdtempSync(`${folder}/history-`)}/chat.db`;
+
+/** A row of a history: what a batch said, at its position. An empty text is a gap. */
+type Row = readonly [at: number, text: string];
+
+/** Makes a history as a server leaves it behind. Returns its file. */
+function writeHistory(rows: readonly Row[], { version = 1, application = 0x62756e63 } = {}) {
+  const file = newFile();
+  const database = new Database(file);
+  database.run("PRAGMA secure_delete = ON"); // so that no copy of a text stays behind
+  database.run("CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT");
+  database.run(`PRAGMA application_id = ${application}`);
+  database.run(`PRAGMA user_version = ${version}`);
+  const insert = database.query("INSERT INTO history VALUES (?, ?)");
+  database.transaction(() => rows.forEach(([at, text]) => insert.run(at, text)))();
+  database.close(true);
+  return file;
+}
+
+/** Lines of some length, each of them a batch, behind the gap with which each history begins. */
+function longHistory(count: number, length: number): { file: string; lines: string[] } {
+  const lines = numbered(count, "old").map((line) => line.padEnd(length, " ."));
+  const rows = lines.map((line, number): Row => [2_000_000 + number, `${line}\n`]);
+  return { file: writeHistory([[1_000_000, ""], ...rows]), lines };
+}
+
+const SINCE = /^\* Since (\d+) until (\d+)$/;
+const MARK = /^\* (\d+)$/;
+
+/** Enters, and says /since. Resolves with the two positions of the answer as well. */
+async function follow(server: Address, name: string, since: number | "" = 0) {
+  const peer = await enter(server, name);
+  peer.send(`/since ${since}\n`);
+  const [, from, until] = SINCE.exec(await peer.line()) ?? [];
+  return { peer, from: Number(from), until: Number(until) };
+}
+
+type Batch = { lines: string[]; at: number };
+
+/** The lines that a follower hears up to the next mark, and the position that it tells. */
+async function nextBatch(follower: Peer): Promise<Batch> {
+  const lines: string[] = [];
+  for (;;) {
+    const line = await follower.line();
+    const [, at] = MARK.exec(line) ?? [];
+    if (at) return { lines, at: Number(at) };
+    lines.push(line);
+  }
+}
+
+/** The batches up to the one that has this line. Their marks must rise. */
+async function batchesUntil(follower: Peer, last: string): Promise<Batch[]> {
+  const batches: Batch[] = [];
+  let position = 0;
+  for (;;) {
+    const batch = await nextBatch(follower);
+    expect(batch.at).toBeGreaterThan(position);
+    position = batch.at;
+    batches.push(batch);
+    if (batch.lines.includes(last)) return batches;
+  }
+}
+
+/** What a follower hears up to this line, without the marks. */
+async function linesUntil(follower: Peer, last: string): Promise<string[]> {
+  return (await batchesUntil(follower, last)).flatMap(({ lines }) => lines);
+}
 
 // --- 3. Text and names -------------------------------------------------------------------------
 
@@ -3295,9 +3420,6 @@ describe("the client under TLS", () => {
 
 // --- 12. The client and the history -------------------------------------------------------------
 
-/** The name of a file that does not exist yet, in a folder of its own. */
-const newFile = () => `${fs.mkdtempSync(`${folder}/history-`)}/chat.db`;
-
 describe("the client as a follower", () => {
   /** A follower called alice that has arrived, and has read everything up to position 10. */
   function arrived() {
@@ -3592,16 +3714,15 @@ describe.concurrent("a client that comes later", () => {
 
   test("in a pipe, none unless it asks for them", async () => {
     const server = await serve("--db", oldHistory(), "--keep", "0");
-    const [plain, asking] = [[], ["--history", "2"]].map((more, number) => {
-      const pipe = inPipe(client(server.port, "--name", `Alex${number}`, ...more));
+    const ask = (name: string, ...options: string[]) => {
+      const pipe = inPipe(client(server.port, "--name", name, ...options));
       pipe.end("");
-      return pipe;
-    });
-    expect((await plain?.result())?.out).not.toContain("bob");
+      return pipe.result();
+    };
+    expect((await ask("Alex")).out).not.toContain("bob");
     const [, ...lines] = numbered(3, "bob").map((line) => `* ${TIME} ${line}\n`);
-    expect((await asking?.result())?.out).toStartWith(
-      `${lines.join("")}* ---\n* The room contains:`,
-    );
+    const asked = await ask("Kim", "--history", "2");
+    expect(asked.out).toStartWith(`${lines.join("")}* ---\n* The room contains:`);
   });
 });
 
@@ -3617,54 +3738,6 @@ describe("nothing is missed", () => {
     return said(rows.map(({ text }) => text).join(""));
   }
 
-  /** A proxy in front of a port, which cuts each connection after some bytes, until it is calm. */
-  function cutter(port: () => number, random: (limit: number) => number) {
-    type Side = { other?: Socket<Side>; early: Buffer[]; budget: { bytes: number } };
-    const state = { isCalm: true, cuts: 0 };
-
-    function passOn(from: Socket<Side>, chunk: Buffer): void {
-      const { other, early, budget } = from.data;
-      if (!other) {
-        early.push(chunk);
-        return;
-      }
-      const passed = state.isCalm ? chunk : chunk.subarray(0, budget.bytes);
-      budget.bytes -= passed.length;
-      other.write(passed); // short enough for the kernel to take it
-      if (passed.length === chunk.length) return;
-      state.cuts++;
-      const isReset = random(2) === 0;
-      for (const socket of [from, other]) isReset ? socket.terminate() : socket.end();
-    }
-
-    const handlers: Bun.SocketHandler<Side> = {
-      data: (socket, chunk) => passOn(socket, Buffer.from(chunk)),
-      close: (socket) => void socket.data.other?.end(),
-      error() {},
-    };
-    const listener = Bun.listen<Side>({
-      hostname: "127.0.0.1",
-      port: 0,
-      socket: {
-        ...handlers,
-        open(socket) {
-          const budget = { bytes: 60 + random(random(4) > 0 ? 1200 : 8000) };
-          socket.data = { early: [], budget };
-          const data: Side = { other: socket, early: [], budget };
-          Bun.connect<Side>({ hostname: "127.0.0.1", port: port(), data, socket: handlers }).then(
-            (other) => {
-              socket.data.other = other;
-              for (const chunk of socket.data.early) passOn(socket, chunk);
-            },
-            () => socket.end(),
-          );
-        },
-      },
-    });
-    cleanups.push(() => listener.stop(true));
-    return Object.assign(state, { port: listener.port });
-  }
-
   const SEED = Number(process.env["SEED"] ?? Math.floor(Math.random() * 1e6));
 
   test(`and nothing is said twice, wherever connections are cut (SEED=${SEED})`, async () => {
@@ -3677,7 +3750,7 @@ describe("nothing is missed", () => {
     const COUNT = 80; // lines of each client
     const clients = times(4, (number) => ({ number, ...inProcess(proxy.port) }));
     for (const { room, number } of clients) expect(await room.join(`c${number}`)).toEqual({});
-    proxy.isCalm = false;
+    proxy.state.isCalm = false;
 
     const talking = clients.map(async ({ room, number }) => {
       for (let line = 0; line < COUNT; line++) {
@@ -3694,7 +3767,7 @@ describe("nothing is missed", () => {
       server = await start(`${server.port}`);
     }
     await Promise.all(talking);
-    proxy.isCalm = true;
+    proxy.state.isCalm = true;
     await Promise.all(
       clients.map(async ({ shown, room }) => {
         await shown.when(() => said(shown.text).length >= 3 * COUNT || undefined);
@@ -3712,7 +3785,7 @@ describe("nothing is missed", () => {
       expect(said(shown.text)).toEqual(log.filter((line) => !isOwn(line)));
       expect(shown.text).not.toContain("missing");
     }
-    expect(proxy.cuts).toBeGreaterThan(0);
+    expect(proxy.state.cuts).toBeGreaterThan(0);
   });
 
   test("by a tool whose server is killed while lines wait there, and comes back", async () => {
@@ -3923,72 +3996,6 @@ describe("a room with TLS", () => {
 });
 
 // --- 14. History -------------------------------------------------------------------------------
-
-/** A row of a history: what a batch said, at its position. An empty text is a gap. */
-type Row = readonly [at: number, text: string];
-
-/** Makes a history as a server leaves it behind. Returns its file. */
-function writeHistory(rows: readonly Row[], { version = 1, application = 0x62756e63 } = {}) {
-  const file = newFile();
-  const database = new Database(file);
-  database.run("PRAGMA secure_delete = ON"); // so that no copy of a text stays behind
-  database.run("CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT");
-  database.run(`PRAGMA application_id = ${application}`);
-  database.run(`PRAGMA user_version = ${version}`);
-  const insert = database.query("INSERT INTO history VALUES (?, ?)");
-  database.transaction(() => rows.forEach(([at, text]) => insert.run(at, text)))();
-  database.close(true);
-  return file;
-}
-
-/** Lines of some length, each of them a batch, behind the gap with which each history begins. */
-function longHistory(count: number, length: number): { file: string; lines: string[] } {
-  const lines = numbered(count, "old").map((line) => line.padEnd(length, " ."));
-  const rows = lines.map((line, number): Row => [2_000_000 + number, `${line}\n`]);
-  return { file: writeHistory([[1_000_000, ""], ...rows]), lines };
-}
-
-const SINCE = /^\* Since (\d+) until (\d+)$/;
-const MARK = /^\* (\d+)$/;
-
-/** Enters, and says /since. Resolves with the two positions of the answer as well. */
-async function follow(server: Address, name: string, since: number | "" = 0) {
-  const peer = await enter(server, name);
-  peer.send(`/since ${since}\n`);
-  const [, from, until] = SINCE.exec(await peer.line()) ?? [];
-  return { peer, from: Number(from), until: Number(until) };
-}
-
-type Batch = { lines: string[]; at: number };
-
-/** The lines that a follower hears up to the next mark, and the position that it tells. */
-async function nextBatch(follower: Peer): Promise<Batch> {
-  const lines: string[] = [];
-  for (;;) {
-    const line = await follower.line();
-    const [, at] = MARK.exec(line) ?? [];
-    if (at) return { lines, at: Number(at) };
-    lines.push(line);
-  }
-}
-
-/** The batches up to the one that has this line. Their marks must rise. */
-async function batchesUntil(follower: Peer, last: string): Promise<Batch[]> {
-  const batches: Batch[] = [];
-  let position = 0;
-  for (;;) {
-    const batch = await nextBatch(follower);
-    expect(batch.at).toBeGreaterThan(position);
-    position = batch.at;
-    batches.push(batch);
-    if (batch.lines.includes(last)) return batches;
-  }
-}
-
-/** What a follower hears up to this line, without the marks. */
-async function linesUntil(follower: Peer, last: string): Promise<string[]> {
-  return (await batchesUntil(follower, last)).flatMap(({ lines }) => lines);
-}
 
 describe("what was said", () => {
   test.each([
