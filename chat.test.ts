@@ -2164,6 +2164,8 @@ describe.concurrent("bun server.ts", () => {
     ["--rate -1", 2, /^Option '--rate' argument is missing, or begins with -\./],
     ["--max-clients 0", 2, /^--max-clients takes a number from 1/],
     ["--max-per-address 0", 2, /^--max-per-address takes a number from 1/],
+    ["--keep -1", 2, /^Option '--keep' argument is missing, or begins with -\./],
+    ["--keep x", 2, /^--keep takes a number from 0 to 36500, not "x"/],
     ["--foo", 2, /^Unknown option '--foo'/],
     ["foo", 2, /^Unexpected argument 'foo'/],
     ["--host 192.0.2.1", 1, /^This machine has no such address/],
@@ -2194,7 +2196,8 @@ describe.concurrent("bun server.ts", () => {
   test("runs as ./server.ts, and shows its help and its version", async () => {
     const help = await inPipe(["./server.ts", "--help"]).result();
     expect(help.code).toBe(0);
-    const options = "host port rate max-clients max-per-address tls-cert tls-key quiet version";
+    const options =
+      "host port rate max-clients max-per-address tls-cert tls-key db keep quiet version";
     for (const option of options.split(" ")) expect(help.out).toContain(`  --${option} `);
     const { version } = await Bun.file(`${import.meta.dir}/package.json`).json();
     const shown = { code: 0, out: `bun-chat ${version}\n`, err: "" };
@@ -3322,7 +3325,8 @@ describe("the command line of the client", () => {
 
   test("is refused in one line when it is wrong", async () => {
     const ports = ["", " 0", " 65536", " 12.5", " --tls"].map((number) => `--port${number}`);
-    const wrong = ["--nope", "stray", ...ports];
+    const counts = ["", " 201", " x"].map((number) => `--history${number}`);
+    const wrong = ["--nope", "stray", ...ports, ...counts];
     const results = await Promise.all(wrong.map((options) => run(...options.split(" "))));
     const err = expect.stringMatching(/^[^\n]+\. Try --help\.\n$/);
     for (const result of results) expect(result).toEqual({ code: 2, out: "", err });
@@ -3331,7 +3335,15 @@ describe("the command line of the client", () => {
   test("has a help, and a version, which is that of the server", async () => {
     const [help, version] = await Promise.all([run("--help"), run("--version")]);
     expect([help.code, help.err]).toEqual([0, ""]);
-    const words = ["--host", "127.0.0.1", "5555", "/msg NAME TEXT", "/ignore NAME", "Shift+Tab"];
+    const words = [
+      "--host",
+      "127.0.0.1",
+      "5555",
+      "--history N",
+      "/msg NAME TEXT",
+      "/ignore NAME",
+      "Shift+Tab",
+    ];
     expect(words.filter((word) => !help.out.includes(word))).toEqual([]);
     expect(help.out.split("\n").filter((line) => line.length > 100)).toEqual([]);
     expect(version).toEqual(await inPipe(["./server.ts", "--version"]).result());
