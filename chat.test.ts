@@ -3671,6 +3671,23 @@ describe("the client as a follower", () => {
     await sent;
   });
 
+  test("takes more lines when those that were sent again have arrived", async () => {
+    const alice = arrived();
+    const sent = ["one", "/nick ally"].map((line) => alice.outbox.add(line));
+    alice.say(); // nothing waits, but the new name has no answer yet
+    const returned = alice.comeBack("* Since 10 until 20", JOINED, "* 21");
+    expect(returned.again).toBe("one\n");
+    await Promise.all(sent);
+  });
+
+  test("does not take a new name for confirmed that comes again", () => {
+    const alice = arrived();
+    alice.say("/nick ally");
+    alice.hear("* alice is now called ally", ANSWERED);
+    alice.follower.lose();
+    expect(alice.outbox.handleLoss()).toBe(1);
+  });
+
   test("recalls lines only when it first comes, before it arrives", () => {
     const follower = createFollower(createOutbox(), 5);
     expect(follower.begin()).toBe("/since -5");
@@ -3688,6 +3705,14 @@ describe("the client as a follower", () => {
       { text: "* ---" },
     ] as Entry[]);
     expect(present.map(({ text }) => text)).toEqual(["[bob] a"]);
+
+    const cut = createFollower(createOutbox(), 5);
+    cut.begin();
+    cut.take([recalled, "* Since 9 until 9"], "alice");
+    cut.lose();
+    cut.begin();
+    const again = cut.take(["* Since 9 until 10", "* 10", JOINED, "* 11"], "alice");
+    expect(again.missed).toEqual([{ text: "* ---" }]);
     expect(follower.begin()).toBe("/since 10");
   });
 });

@@ -422,7 +422,7 @@ type Outbox = ReturnType<typeof createOutbox>;
 export function createOutbox() {
   let waiting: Outgoing[] = [];
   let taken = 0; // bytes of the first line that waits, which the kernel has
-  let flushed = Promise.withResolvers<void>();
+  let flushed: PromiseWithResolvers<void> | null = null; // for those who wait until nothing waits
 
   let underWay: Outgoing[] = []; // sent to a server of ours, which has not confirmed them yet
   let bytesUnderWay = 0;
@@ -487,7 +487,7 @@ export function createOutbox() {
 
     /** Adds a line. Resolves when nothing waits any more. */
     add(text: string): Promise<void> {
-      if (waiting.length === 0) flushed = Promise.withResolvers();
+      flushed ??= Promise.withResolvers();
       const bytes = Buffer.from(`${text}\n`);
       waiting.push({ bytes, kind: kindOf(text, bytes) });
       return flushed.promise;
@@ -498,7 +498,8 @@ export function createOutbox() {
       while (bytesUnderWay < MAX_UNDER_WAY && underWay.at(-1)?.kind !== "rename") {
         const [line] = waiting;
         if (!line) {
-          flushed.resolve();
+          flushed?.resolve();
+          flushed = null;
           return;
         }
         taken += Math.max(0, socket.write(line.bytes.subarray(taken)));
@@ -531,7 +532,6 @@ export function createOutbox() {
 
     /** What has not come back did not arrive: it waits again, before all else. */
     requeue(): void {
-      if (waiting.length === 0 && underWay.length > 0) flushed = Promise.withResolvers();
       waiting = [...takeUnderWay(), ...waiting];
     },
 
@@ -569,7 +569,7 @@ type Progress =
   | { at: "asking" } // nothing has been answered yet
   // What comes now was said before we joined, which was after this position. If we have been in the room
   // before, we have missed it. Otherwise some of it may be recalled.
-  | { at: "catchingUp"; joinedAfter: number; isMissed: boolean; hasRecalled: boolean }
+  | { at: "catchingUp"; joinedAfter: number; isMissed: boolean }
   | { at: "present" };
 
 /**
@@ -603,13 +603,18 @@ export function createFollower(outbox: Outbox, recall = 0) {
   let progress: Progress = { at: "asking" };
   let position: number | null = null; // of the last mark; null before the first answer
   let me: string | null = null; // the name under which we are heard; null while that is uncertain
+  let hasRecalled = false; // lines of the history were shown, and their end was not
   let held: Entry[] = []; // lines that have no mark yet, and what was told between them
   let heldLength = 0; // characters
   let news = noNews();
 
   function add(entry: Entry): void {
-    if (progress.at === "present") news.present.push(entry);
-    else news.missed.push(entry);
+    if (progress.at === "present") {
+      news.present.push(entry);
+    } else {
+      news.missed.push(entry);
+      hasRecalled ||= entry.isRecalled === true;
+    }
   }
 
   function hold(entry: Entry): void {
@@ -647,23 +652,21 @@ export function createFollower(outbox: Outbox, recall = 0) {
     } else if (progress.at === "catchingUp" && progress.isMissed) {
       add({ ...entry, at: at / 1000 });
     } else if (progress.at === "catchingUp" && from !== undefined && recall > 0) {
-      progress.hasRecalled = true; // it was said in the moment of our arrival
-      add({ ...entry, at: at / 1000, isRecalled: true });
+      add({ ...entry, at: at / 1000, isRecalled: true }); // it was said in the moment of our arrival
     }
   }
 
   /** The answer to /since. It comes again wherever something is missing. */
   function takeSince(since: number, joinedAfter: number, name: string): void {
-    const hasRecalled = held.some(({ isRecalled }) => isRecalled);
     dropHeld();
     if (progress.at !== "asking") {
       addGap();
     } else if (position === null) {
-      progress = { at: "catchingUp", joinedAfter, isMissed: false, hasRecalled };
+      progress = { at: "catchingUp", joinedAfter, isMissed: false };
     } else {
       const isSameHistory = position <= joinedAfter; // our last mark is older than our arrival
       if (since !== position || !isSameHistory) addGap();
-      progress = { at: "catchingUp", joinedAfter, isMissed: true, hasRecalled: false };
+      progress = { at: "catchingUp", joinedAfter, isMissed: true };
     }
     position = since;
     if (since > joinedAfter) arrive(name);
@@ -693,7 +696,8 @@ export function createFollower(outbox: Outbox, recall = 0) {
 
   function arrive(name: string): void {
     if (progress.at === "present") return;
-    if (progress.at === "catchingUp" && progress.hasRecalled) add(RECALL_END);
+    if (hasRecalled) add(RECALL_END);
+    hasRecalled = false;
     progress = { at: "present" };
     news.hasArrived = true;
     me = name;
@@ -702,7 +706,8 @@ export function createFollower(outbox: Outbox, recall = 0) {
 
   /** What was held has no mark and comes again, except what we were told. */
   function dropHeld(): void {
-    for (const entry of takeHeld()) if (isTold(entry)) hearTold(entry);
+    // No command is confirmed: what came of it may be among what comes again, as a new name is.
+    for (const entry of takeHeld()) if (isTold(entry) && entry.text !== ANSWERED) add(entry);
   }
 
   return {

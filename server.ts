@@ -1723,7 +1723,8 @@ function openHistory({ db: file, logError }: ServerOptions) {
   function forgetBefore(oldest: number): void {
     const started = performance.now();
     clearTimeout(forgetting);
-    if (started < forgetNotBefore) return;
+    // While something cannot be stored, nothing may touch the file: its time stamp says so.
+    if (failure || started < forgetNotBefore) return;
     try {
       while (forget(oldest)) {
         if (performance.now() < started + FORGETTING) continue;
@@ -1732,14 +1733,14 @@ function openHistory({ db: file, logError }: ServerOptions) {
       }
       overwrite();
     } catch (error) {
-      if (!failure) logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
+      logError?.(`The history cannot be made shorter: ${reasonOf(error)}.`);
       forgetNotBefore = started + FORGET_AGAIN;
     }
   }
 
   /** Until the -wal file is written into the other one, both still hold what was forgotten. */
   function overwrite(): void {
-    if (isOverwritten || failure || performance.now() < overwriteNotBefore) return;
+    if (isOverwritten || performance.now() < overwriteNotBefore) return;
     database.run("PRAGMA wal_checkpoint(TRUNCATE)");
     overwriteNotBefore = performance.now() + OVERWRITE;
     isOverwritten = true;
@@ -2303,7 +2304,8 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
   for (const client of server.clients) {
     const late = countLines(client.unread);
     if (late > 0) tell(server, client, `* Your last lines came too late: ${late} or more.`);
-    else if (client.heldBack) tell(server, client, "* Your last lines may have come too late.");
+    else if (client.heldBack && hearsBatches(client))
+      tell(server, client, "* Your last lines may have come too late.");
   }
   broadcastMessage(server, SHUTDOWN);
   flush(server);
