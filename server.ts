@@ -180,7 +180,7 @@ class Server {
   whoAnswer: Parcel | null = null; // the answer to /who; likewise
 
   said: Said[]; // the last lines that people have said, for /history
-  saidInBatch = 0; // how many of them are in the batch
+  saidInBatch: string[] = []; // those in the batch, which have no position yet
   recallForPeople: Recall | null = null; // answers to /history; null while out of date
   recallForFollowers: Recall | null = null;
 
@@ -286,11 +286,11 @@ type Piece = { parcel: Parcel; start: number; end: number };
 /** A piece that waits in a queue, since when (ms), and what has been read once it has left. */
 type Entry = Piece & { since: number; privates: PrivateDebt[] };
 
-/** A line that somebody has said, and the position of its batch, or about so before it is flushed. */
+/** A line that somebody has said, and the position of its batch. */
 type Said = { at: number; line: string };
 
 /** The last lines that people have said, as an answer, and where in it each of them begins. */
-type Recall = { parcel: Parcel; starts: number[] };
+type Recall = { said: Said[]; parcel: Parcel; starts: number[] };
 
 /** Private messages count against their sender until their reader has taken them. */
 type PrivateDebt = { sender: Client; bytes: number };
@@ -1936,18 +1936,23 @@ function renew(database: Database, version: number): void {
 /** Stores a batch, which is about to leave. @returns its mark, a line */
 function storeBatch(server: Server, text: string): string {
   const at = server.history.save(text);
-  const first = Math.max(0, server.said.length - server.saidInBatch);
-  for (const said of server.said.slice(first)) said.at = at;
-  if (server.saidInBatch > 0) dropRecalls(server);
-  server.saidInBatch = 0;
+  if (server.saidInBatch.length > 0) {
+    server.said = lastSaid(server, at);
+    server.saidInBatch = [];
+    dropRecalls(server);
+  }
   return markOf(at);
 }
 
-/** Remembers a line for /history. Its position is about right until its batch is stored. */
+/** The last lines that people have said. Those in the batch are said at this position. */
+function lastSaid({ said, saidInBatch }: Server, at: number): Said[] {
+  const inBatch = saidInBatch.slice(-MAX_RECALL).map((line) => ({ at, line }));
+  return [...said, ...inBatch].slice(-MAX_RECALL);
+}
+
+/** Remembers a line for /history. */
 function rememberSaid(server: Server, line: string): void {
-  if (server.said.length >= 2 * MAX_RECALL) server.said = server.said.slice(-MAX_RECALL);
-  server.said.push({ at: Math.max(server.history.position + 1, Date.now() * 1000), line });
-  server.saidInBatch++;
+  server.saidInBatch.push(line);
   dropRecalls(server);
 }
 
@@ -1977,7 +1982,7 @@ function sendHistory(server: Server, client: Client, rest: string): void {
     answer(server, client, `* Say it like this: /history N, with N from 1 to ${MAX_RECALL}`);
     return;
   }
-  if (server.said.length === 0) {
+  if (server.said.length + server.saidInBatch.length === 0) {
     answer(server, client, "* Nothing has been said yet.");
     return;
   }
@@ -1994,26 +1999,28 @@ function sendHistory(server: Server, client: Client, rest: string): void {
 }
 
 function forPeople(server: Server): Recall {
-  server.recallForPeople ??= createRecall(server.said, formatTime);
+  server.recallForPeople ??= createRecall(server, formatTime);
   return server.recallForPeople;
 }
 
 function forFollowers(server: Server): Recall {
-  server.recallForFollowers ??= createRecall(server.said, String);
+  server.recallForFollowers ??= createRecall(server, String);
   return server.recallForFollowers;
 }
 
-function createRecall(said: readonly Said[], showTime: (at: number) => string): Recall {
+function createRecall(server: Server, showTime: (at: number) => string): Recall {
+  const now = Math.max(server.history.position + 1, Date.now() * 1000); // about
+  const said = lastSaid(server, now);
   const starts: number[] = [];
   let text = "";
   let bytes = 0;
-  for (const { at, line } of said.slice(-MAX_RECALL)) {
+  for (const { at, line } of said) {
     const shown = `* ${showTime(at)} ${line}\n`;
     starts.push(bytes);
     text += shown;
     bytes += Buffer.byteLength(shown);
   }
-  return { parcel: new Parcel(Buffer.from(text)), starts };
+  return { said, parcel: new Parcel(Buffer.from(text)), starts };
 }
 
 /** The minute of a position, in local time. */
@@ -2098,10 +2105,9 @@ function startReplay(server: Server, client: Client): void {
 
 /** Sends the last lines that people have said before a client joined, a part of what all get. */
 function sendLastLines(server: Server, client: Client, count: number): void {
-  const { parcel, starts } = forFollowers(server);
-  const recalled = server.said.slice(-MAX_RECALL);
-  const after = recalled.findIndex(({ at }) => at > client.joinedAfter);
-  const end = after === -1 ? recalled.length : after;
+  const { said, parcel, starts } = forFollowers(server);
+  const after = said.findIndex(({ at }) => at > client.joinedAfter);
+  const end = after === -1 ? said.length : after;
 
   const start = starts[Math.max(0, end - count)] ?? parcel.bytes.length;
   const piece = { parcel, start, end: starts[end] ?? parcel.bytes.length };
