@@ -422,7 +422,7 @@ type Outbox = ReturnType<typeof createOutbox>;
 export function createOutbox() {
   let waiting: Outgoing[] = [];
   let taken = 0; // bytes of the first line that waits, which the kernel has
-  let flushed: PromiseWithResolvers<void> | null = null; // for those who wait until nothing waits
+  let flushed: PromiseWithResolvers<void> | null = null; // resolves when nothing waits any more
 
   let underWay: Outgoing[] = []; // sent to a server of ours, which has not confirmed them yet
   let bytesUnderWay = 0;

@@ -571,7 +571,7 @@ export type RoomEvent =
 export type Outcome = { heard: string; logged: string } | { refused: string } | null;
 
 /**
- * Applies an event to the room. No other function changes who is here and what is said.
+ * Applies an event to the room. No other function changes the people in it or what is said.
  * @returns null for an event that has no place in the room any more, such as a line of somebody who
  *   has left
  */
