@@ -21,14 +21,22 @@
  * holds up anybody else.
  *
  * From top to bottom: limits, state, the entry (`startServer`), text and names, the room and its
- * events, the life of a client, reading, writing, commands, the history, followers, budgets, shutdown,
- * the program, and what touches the operating system by hand.
+ * events, the life of a client, reading, writing, commands, registered names, operators, the history,
+ * followers, budgets, shutdown, the program, and what touches the operating system by hand.
  */
 
 import { dlopen } from "bun:ffi";
 import { Database } from "bun:sqlite";
 import { isUtf8 } from "node:buffer";
-import { closeSync, fstatSync, openSync, readSync, statSync, utimesSync } from "node:fs";
+import {
+  closeSync,
+  fstatSync,
+  openSync,
+  readFileSync,
+  readSync,
+  statSync,
+  utimesSync,
+} from "node:fs";
 import { BlockList, isIP } from "node:net";
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -40,7 +48,7 @@ const MIB = 1024 * KIB;
 
 // Lines, in bytes unless they say otherwise.
 const MAX_LINE = 4096; // without the line ending
-const MAX_FIRST_LINE = 512; // no name takes as many
+const MAX_FIRST_LINE = 2 * KIB; // no name takes as many, with its password
 const MAX_TYPED_NAME = 128; // UTF-16 code units, before anything looks at it
 
 // Batches, in bytes.
@@ -96,6 +104,18 @@ const REPLAY_RATE = 2 * MIB; // bytes a second
 const REPLAY_BURST = 2_000; // ms' worth of them at once
 const BATCH_OVERHEAD = 512; // bytes that a batch counts besides its text
 
+// Registered names.
+const MIN_PASSWORD = 8; // characters
+const MAX_PASSWORD = 256;
+const MAX_GUESSES = 10; // passwords that one address may try at once
+const GUESS_AGAIN = 3; // s until it may try one more
+const REGISTER_BURST = 40 * 60_000; // ms' worth of names that one address may register at once: five
+const REGISTER_RATE = 1 / 600; // names a second
+
+// Operators.
+const DEFAULT_BAN = 60; // minutes
+const MAX_BAN = 525_600; // a year
+
 // The price of work, in short lines: see "Budgets".
 const BYTES_PER_UNIT = 512; // of a line: one of 4096 bytes costs 9
 const ANSWER_BYTES_PER_UNIT = 4 * KIB; // of an answer, which only one person gets
@@ -135,11 +155,19 @@ export type ServerOptions = {
   tls?: Bun.TLSOptions | false; // certificate and key; without them the room is not encrypted
   db?: string | undefined; // file of the history; without it, it is in memory
   keep: number; // days until what was said is forgotten; 0 for never
+  operators: readonly string[]; // registered names whose owners may show people out
   log?: ((event: string) => void) | undefined; // hears of arrivals, messages and departures
   logError?: (problem: string) => void; // hears what went wrong; the chat goes on
 };
 
-const DEFAULTS = { host: "127.0.0.1", port: 5555, rate: 10, maxClients: 10_000, keep: 30 };
+const DEFAULTS = {
+  host: "127.0.0.1",
+  port: 5555,
+  rate: 10,
+  maxClients: 10_000,
+  keep: 30,
+  operators: [],
+};
 
 /** The people in the room: what its events have made of it, and nothing else. */
 export class Room {
@@ -184,11 +212,18 @@ class Server {
   recallForPeople: Recall | null = null; // answers to /history; null while out of date
   recallForFollowers: Recall | null = null;
 
+  tasks: Task[] = []; // that wait for the one that is being done
+  isHashing = false; // one is being done
+  bans: Ban[] = [];
+  operators: Set<string>; // folded names
+
   constructor(
     readonly options: ServerOptions,
     readonly history: History,
+    readonly accounts: Accounts | null, // null: nothing outlives this server
   ) {
     this.said = history.lastSaid();
+    this.operators = new Set(options.operators.map(foldName));
   }
 }
 
@@ -196,10 +231,11 @@ class Server {
  * Where a connection is.
  * - connecting: not greeted yet. The TLS handshake is under way, or too many come from its address.
  * - naming: greeted. Its first line will be its name.
+ * - proving: its name is registered, and it waits until its password has been looked at.
  * - joined: in the room.
  * - closing: on its way out. It gets what is queued for it, then our FIN, then it is closed.
  */
-type Phase = "connecting" | "naming" | "joined" | "closing";
+type Phase = "connecting" | "naming" | "proving" | "joined" | "closing";
 
 /**
  * Whether a client hears what it says itself, and a mark after each batch: see "Followers".
@@ -223,6 +259,7 @@ class Client {
   endpoint = ""; // address and port, for the log
   address: Address | null = null; // null for one that is refused a place
   refusal = ""; // why it is refused a place
+  isLocal = false; // it comes from this machine
   deadline = performance.now() + LOBBY_DEADLINE; // ms; then `sweep` looks at it
 
   unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
@@ -244,6 +281,7 @@ class Client {
   queued = 0; // bytes in the queue
   unreadPrivates = 0; // bytes of its own private messages that wait in queues of others
 
+  task: Task | null = null; // until it is done, nothing is read from this client
   following: Following = { is: "no" };
   joinedAfter = 0; // position of the last batch before it joined
   replay: Account = { paidUntil: -Infinity }; // of what it has missed
@@ -259,6 +297,8 @@ class Address {
   connections = 0;
   arrivals = MAX_ARRIVALS; // connections that may be greeted at once
   waiting = new Set<Client>(); // connections that are not greeted yet, the first one first
+  guesses = MAX_GUESSES; // passwords that may be tried at once
+  registrations: Account = { paidUntil: -Infinity };
   paidUntil = -Infinity; // ms; see `Account`
 
   constructor(readonly key: string) {}
@@ -295,6 +335,12 @@ type Recall = { said: Said[]; parcel: Parcel; starts: number[] };
 /** Private messages count against their sender until their reader has taken them. */
 type PrivateDebt = { sender: Client; bytes: number };
 
+/** Slow work on a client's password. It resolves with what is to be done then. */
+type Task = { client: Client; run: () => Promise<() => void> };
+
+/** A name that nobody may have for a while, and the address of the person who had it. */
+type Ban = { name: string; keys: readonly string[]; address: string; until: number }; // ms
+
 const NOTHING = Buffer.alloc(0);
 
 // --- The entry ---------------------------------------------------------------------------------
@@ -310,7 +356,9 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   if (!isLoopback(hostname)) settings.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
   // Without descriptors a process can do nothing, not even refuse.
   settings.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - SPARE_SOCKETS));
-  const server = new Server(settings, openHistory(settings));
+  const history = openHistory(settings);
+  const accounts = settings.db === undefined ? null : openAccounts(history.database);
+  const server = new Server(settings, history, accounts);
 
   const handlers: Bun.SocketHandler<Client> = {
     open: (socket) => handleClient(server, socket),
@@ -333,6 +381,11 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     throw error;
   }
   const sweeper = setInterval(sweep, 1000, server);
+  for (const name of settings.operators)
+    if (lookUp(server, name).is === "free")
+      settings.log?.(
+        `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
+      );
   let stopped: Promise<void> | undefined;
 
   return {
@@ -361,6 +414,12 @@ export function startServer(options: Partial<ServerOptions> = {}) {
       listener = listen(listener.port);
     },
 
+    /**
+     * Does what the person at the terminal of the server says, such as "/kick bob".
+     * @returns the answer, or "" where there is none but what the room hears
+     */
+    command: (line: string) => runConsoleCommand(server, line),
+
     /** Delivers what was said, tells everybody, and closes. Resolves within three seconds. */
     stop() {
       stopped ??= stop(server, listener, sweeper);
@@ -369,14 +428,14 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   };
 }
 
-/** Whether only this machine can connect to an address. */
+const LOOPBACK = new BlockList();
+LOOPBACK.addSubnet("127.0.0.0", 8);
+LOOPBACK.addAddress("::1", "ipv6");
+
+/** Whether an address is of this machine only. */
 function isLoopback(host: string): boolean {
   if (isIP(host) === 0) return host.toLowerCase() === "localhost";
-
-  const loopback = new BlockList();
-  loopback.addSubnet("127.0.0.0", 8);
-  loopback.addAddress("::1", "ipv6");
-  return loopback.check(host, isIP(host) === 6 ? "ipv6" : "ipv4");
+  return LOOPBACK.check(host, isIP(host) === 6 ? "ipv6" : "ipv4");
 }
 
 /** The soft limit of open files, which Bun raises when it starts, or Infinity. */
@@ -551,9 +610,15 @@ function spellingKey(name: string): string {
   return `= ${foldName(name)}`;
 }
 
-/** The keys under which nobody else can have a name: how it is read, how it looks, and in capitals. */
-function nameKeys(name: string): [spelling: string, looks: string, capitals: string] {
-  return [spellingKey(name), `~ ${lookOf(name)}`, `^ ${lookOf(name.toUpperCase())}`];
+/** How a name is read, how it looks, and how it looks in capitals: nobody else may have one of these. */
+function nameForms(name: string): [spelling: string, looks: string, capitals: string] {
+  return [foldName(name), lookOf(name), lookOf(name.toUpperCase())];
+}
+
+/** The same as keys of one map. */
+function nameKeys(name: string): string[] {
+  const [spelling, looks, capitals] = nameForms(name);
+  return [`= ${spelling}`, `~ ${looks}`, `^ ${capitals}`];
 }
 
 // --- The room and its events -------------------------------------------------------------------
@@ -683,6 +748,7 @@ export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
 
   const { tls, log } = server.options;
   client.endpoint = formatEndpoint(host, socket.remotePort);
+  client.isLocal = isLoopback(toIpv4(host));
   log?.(`New connection from ${client.endpoint}`);
   server.connections.set(client.id, client);
   socket.setKeepAlive(true, KEEPALIVE);
@@ -773,14 +839,23 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
   server.options.log?.(logged);
 }
 
-/** A newcomer whose name is refused has to go: the next line of a bot would be taken for a name. */
-function refuse(server: Server, client: Client, event: RoomEvent, why: string): void {
-  if (event.type !== "join") {
+/**
+ * A newcomer whose name is refused has to go: the next line of a bot would be taken for a name. The log
+ * does not have what it gave, which may be a password.
+ */
+function refuse(
+  server: Server,
+  client: Client,
+  { type }: RoomEvent,
+  why: string,
+  logged = why,
+): void {
+  if (type !== "join") {
     tell(server, client, why);
     return;
   }
   dismiss(server, client, why);
-  logRefusal(server, client, `${why} It gave ${quote(event.name)}`);
+  logRefusal(server, client, logged);
 }
 
 /** A newcomer gets the roster at once, and of the batch what comes after its own announcement. */
@@ -849,7 +924,7 @@ function findPlace(sorted: readonly Person[], { sortKey }: Person): number {
 }
 
 /** Lets a client go: it gets what was said up to now, and a last line if there is one; then a FIN. */
-function dismiss(server: Server, client: Client, lastLine = ""): void {
+function dismiss(server: Server, client: Client, lastLine = "", reason = ""): void {
   if (client.phase === "closing") return;
   if (lastLine) tell(server, client, lastLine);
 
@@ -858,7 +933,7 @@ function dismiss(server: Server, client: Client, lastLine = ""): void {
     extendOwnBatch(client, server.batchBytes);
     server.leavers.push(client);
   }
-  removeClient(server, client);
+  removeClient(server, client, reason);
   client.deadline = performance.now() + (wasJoined ? LEAVER_DEADLINE : REFUSED_DEADLINE);
   if (client.heldBack) resume(client); // what it still sends is thrown away, but not its FIN
   finishWriting(client);
@@ -874,6 +949,20 @@ export function removeClient(server: Server, client: Client, reason = ""): void 
   const last = place === -1 ? undefined : server.clients.pop();
   if (last && last !== client) server.clients[place] = last;
   propose(server, client, { type: "leave", clientId: client.id, reason });
+}
+
+/** Ends somebody's stay. It is told why, and the others hear the reason. */
+function showOut(server: Server, client: Client, why: string, reason: string): void {
+  tellTooLate(server, client);
+  dismiss(server, client, why, ` (${reason})`);
+}
+
+/** Tells somebody that lines which were not read will not be said any more. */
+function tellTooLate(server: Server, client: Client): void {
+  const lines = countLines(client.unread);
+  if (lines > 0) tell(server, client, `* Your last lines came too late: ${lines} or more.`);
+  else if (client.heldBack && hearsBatches(client))
+    tell(server, client, "* Your last lines may have come too late.");
 }
 
 /** Cuts a client off. What waits for it is lost, and the others hear why. */
@@ -943,8 +1032,10 @@ function serve(server: Server, client: Client, work: () => void): void {
 function sweep(server: Server): void {
   forgetOld(server);
   for (const address of server.addresses.values()) sweepAddress(server, address);
+  void doTasks(server);
 
   const now = performance.now();
+  server.bans = server.bans.filter(({ until }) => until > now);
   for (const client of server.connections.values()) {
     serve(server, client, () => checkClient(server, client, now));
   }
@@ -971,6 +1062,8 @@ function handleDeadline(server: Server, client: Client): void {
       logRefusal(server, client, why);
       break;
     }
+    case "proving": // has no deadline: it is we who take the time
+      break;
     case "joined": // every 5.5 s, from the first minute on
       if (hasVanished(client.socket)) client.socket.terminate();
       else client.deadline += NO_ANSWER / 10;
@@ -983,11 +1076,6 @@ function handleDeadline(server: Server, client: Client): void {
 
 function logRefusal(server: Server, client: Client, why: string): void {
   server.options.log?.(`Refused ${client.endpoint}: ${why.replace(/^\* /, "")}`);
-}
-
-/** What somebody sent, for the log, where it must not look like anything else. */
-function quote(text: string): string {
-  return JSON.stringify(cleanText(text.slice(0, MAX_TYPED_NAME)));
 }
 
 // --- Reading -----------------------------------------------------------------------------------
@@ -1066,8 +1154,9 @@ function readLines(server: Server, client: Client): void {
 
     takeLine(server, client, bytes, start, end);
     start = newline + 1;
-    if (client.following.is === "asked") {
-      holdBack(server, client, bytes.subarray(start)); // until it has what it has missed
+    // Until it has what it has missed, or its password has been looked at.
+    if (client.following.is === "asked" || client.task !== null) {
+      holdBack(server, client, bytes.subarray(start));
       return;
     }
   }
@@ -1174,8 +1263,8 @@ function detach(bytes: Buffer): void {
 function takeLine(server: Server, client: Client, bytes: Buffer, start: number, end: number): void {
   client.sliceUsed += end - start + 1;
   if (client.phase === "naming") {
-    const name = bytes.toString("utf8", start, Math.min(end, start + MAX_LINE));
-    propose(server, client, { type: "join", clientId: client.id, name });
+    const login = splitLogin(bytes.toString("utf8", start, Math.min(end, start + MAX_LINE)));
+    proposeName(server, client, "join", login);
     return;
   }
   if (end - start > MAX_LINE) {
@@ -1189,7 +1278,7 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
   const line = cleanText(typed);
   if (typed.startsWith("/") && !typed.startsWith("//")) {
     runCommand(server, client, line);
-    confirmAnswer(server, client);
+    if (client.task === null) confirmAnswer(server, client);
   } else if (/\S/.test(line)) {
     const text = typed.startsWith("//") ? line.slice(1) : line;
     propose(server, client, { type: "say", clientId: client.id, text });
@@ -1520,20 +1609,42 @@ type Command = {
   name: string;
   parameters: string;
   help: string;
-  /** `rest` is what follows the name, without the blanks around it. */
+  /** `rest` is what follows the name and a blank; without the blanks around it, unless blanks count. */
   run(server: Server, client: Client, rest: string): void;
+  blanksCount?: true;
 };
 
 const COMMANDS: readonly Command[] = [
   { name: "/help", parameters: "", help: "shows this list", run: sendHelp },
   { name: "/who", parameters: "", help: "says who is here", run: sendNames },
-  { name: "/nick", parameters: "NAME", help: "gives you another name", run: changeName },
+  {
+    name: "/nick",
+    parameters: "NAME",
+    help: "gives you another name (/nick NAME PASSWORD, if it is registered)",
+    run: changeName,
+    blanksCount: true,
+  },
   {
     name: "/msg",
     parameters: "NAME TEXT",
     help: "says something to one person only",
     run: sendPrivate,
   },
+  {
+    name: "/register",
+    parameters: "PASSWORD",
+    help: "makes your name your own",
+    run: register,
+    blanksCount: true,
+  },
+  {
+    name: "/password",
+    parameters: "NEW",
+    help: "changes its password",
+    run: changePassword,
+    blanksCount: true,
+  },
+  { name: "/unregister", parameters: "", help: "gives the name up", run: unregister },
   {
     name: "/history",
     parameters: "N",
@@ -1551,10 +1662,17 @@ const COMMANDS: readonly Command[] = [
 
 function runCommand(server: Server, client: Client, line: string): void {
   const { word, rest } = splitWord(line);
-  const name = word.toLowerCase();
-  const command = COMMANDS.find((command) => command.name === name);
-  if (command) command.run(server, client, rest);
-  else answer(server, client, `* Unknown command ${word}. Try /help.`);
+  const isWanted = ({ name }: { name: string }) => name === word.toLowerCase();
+
+  const command = COMMANDS.find(isWanted);
+  const forOperators = isOperator(server, client) ? OPERATOR_COMMANDS.find(isWanted) : undefined;
+  if (command) {
+    command.run(server, client, command.blanksCount ? line.slice(word.length + 1) : rest);
+  } else if (forOperators) {
+    forOperators.run(server, operatorOf(server, client), rest);
+  } else {
+    answer(server, client, `* Unknown command ${word}. Try /help.`);
+  }
 }
 
 /** Tells a client what it has asked for, which costs by its size. */
@@ -1563,15 +1681,17 @@ function answer(server: Server, client: Client, line: string): void {
   chargeAnswer(server, client, Buffer.byteLength(line));
 }
 
-const HELP = [
-  ...COMMANDS.map(({ name, parameters, help }) => `* ${name} ${parameters} ${help}`),
-  "* //TEXT says /TEXT, for a message that begins with a slash",
-]
-  .join("\n")
-  .replaceAll("  ", " "); // where there are no parameters
+/** What a command is for, as a line. */
+function describeCommand(command: { name: string; parameters: string; help: string }): string {
+  const { name, parameters, help } = command;
+  return parameters ? `* ${name} ${parameters} ${help}` : `* ${name} ${help}`;
+}
 
 function sendHelp(server: Server, client: Client): void {
-  answer(server, client, HELP);
+  const commands = isOperator(server, client) ? [...COMMANDS, ...OPERATOR_COMMANDS] : COMMANDS;
+  const help = commands.map(describeCommand);
+  help.push("* //TEXT says /TEXT, for a message that begins with a slash");
+  answer(server, client, help.join("\n"));
 }
 
 /** All get the same answer until somebody comes, goes or is renamed. */
@@ -1588,9 +1708,10 @@ function listPeople({ directory }: Server): string {
   return `* ${directory.length} ${are} here: ${directory.map(({ name }) => name).join(", ")}\n`;
 }
 
-function changeName(server: Server, client: Client, name: string): void {
+function changeName(server: Server, client: Client, rest: string): void {
+  const { name, password } = splitLogin(rest.trimStart());
   if (name === "") answer(server, client, "* Say it like this: /nick NAME");
-  else propose(server, client, { type: "nick", clientId: client.id, name });
+  else proposeName(server, client, "nick", { name: name.trim(), password });
 }
 
 /** A private message is for two, and therefore neither an event of the room nor in the log. */
@@ -1633,6 +1754,560 @@ function quit(server: Server, client: Client): void {
   dismiss(server, client);
 }
 
+// --- Registered names --------------------------------------------------------------------------
+// With --db, people can make a name their own: an account is a name and a hash of its password. Nobody
+// else gets that name, or one that looks like it. So whoever is in the room under a registered name has
+// proved its password, or has registered it there.
+//
+// A hash takes some 40 ms and 19 MB. Another thread makes it, one at a time, because they would starve
+// everything else that Bun does there. Meanwhile nothing is read from the client.
+
+type Accounts = ReturnType<typeof openAccounts>;
+
+// Argon2id with the least memory (KiB) and time that OWASP recommends ("Password Storage Cheat Sheet").
+const HASHING = { algorithm: "argon2id", memoryCost: 19_456, timeCost: 2 } as const;
+
+const NAMES_UNKNOWN = "* The registered names cannot be looked up now. Try again later.";
+const IN_MEMORY_ONLY =
+  "* This room forgets everything when it stops. One that keeps names is started like this: bun server.ts --db chat.sqlite";
+const UNSAFE =
+  "* Passwords are taken only under TLS, or on the machine of the server: others could read it on its way.";
+const PASSWORD_RULE = `* A password has ${MIN_PASSWORD} to ${MAX_PASSWORD} characters.`;
+
+// The end of the first line of an HTTP request (RFC 9112, section 3). No password ends so, or else a web
+// page could enter as somebody who is called GET.
+const REQUEST = / HTTP\/\d(?:\.\d)?$/;
+
+/** What is known of a name: anybody can have it, it has an owner, or it looks like one that has. */
+type Standing = { is: "free" | "alike" | "unknown" } | { is: "registered"; hash: string };
+
+/** A name and, where one was given, its password. */
+type Login = { name: string; password: string | undefined };
+
+/** The password is all that follows the first blank. Blanks alone are none. */
+function splitLogin(text: string): Login {
+  const blank = text.search(/[ \t]/);
+  const password = blank === -1 ? "" : text.slice(blank + 1);
+  if (!/\S/.test(password)) return { name: text, password: undefined };
+  return { name: text.slice(0, blank), password };
+}
+
+/** A password as it is hashed: however it was typed, on whatever keyboard (Unicode UAX #15). */
+function normalizePassword(typed: string): string {
+  return cleanText(typed).normalize("NFC");
+}
+
+/** The accounts in a database. All functions throw what SQLite throws. */
+function openAccounts(database: Database) {
+  const statements = {
+    select: database.query<{ name: string; hash: string }, [string, string, string]>(
+      "SELECT name, hash FROM accounts WHERE name = ? OR looks = ? OR capitals = ?",
+    ),
+    insert: database.query<null, [string, string, string, string]>(
+      "INSERT INTO accounts (name, looks, capitals, hash) VALUES (?, ?, ?, ?)",
+    ),
+    update: database.query<null, [hash: string, name: string]>(
+      "UPDATE accounts SET hash = ? WHERE name = ?",
+    ),
+    remove: database.query<null, [name: string]>("DELETE FROM accounts WHERE name = ?"),
+  };
+
+  return {
+    /** The account of a name, and those with a name that looks like it. */
+    findAlike: (name: string) => statements.select.all(...nameForms(name)),
+    add: (name: string, hash: string) => statements.insert.run(...nameForms(name), hash),
+    change: (name: string, hash: string) => statements.update.run(hash, foldName(name)),
+    remove: (name: string) => statements.remove.run(foldName(name)),
+  };
+}
+
+function lookUp(server: Server, typedName: string): Standing {
+  const name = normalizeName(typedName);
+  if (!server.accounts || !isName(name)) return { is: "free" };
+  try {
+    const alike = server.accounts.findAlike(name);
+    const account = alike.find((account) => account.name === foldName(name));
+    if (account) return { is: "registered", hash: account.hash };
+    return { is: alike.length > 0 ? "alike" : "free" };
+  } catch (error) {
+    server.options.logError?.(`The registered names cannot be read: ${reasonOf(error)}.`);
+    return { is: "unknown" };
+  }
+}
+
+/** Whether what a client sends can be read on its way by nobody else. */
+function isSafe(server: Server, { isLocal }: Client): boolean {
+  return isLocal || Boolean(server.options.tls);
+}
+
+/** Proposes a name for a client, which must be free, or proved by its password. */
+function proposeName(
+  server: Server,
+  client: Client,
+  type: "join" | "nick",
+  { name, password }: Login,
+): void {
+  const event = { type, clientId: client.id, name };
+  const standing = lookUp(server, name);
+
+  if (password === undefined) {
+    const why = refuseUnproved(server, client, event, standing);
+    if (why === null) takeName(server, client, event);
+    else refuse(server, client, event, why);
+  } else if (REQUEST.test(password)) {
+    refuse(server, client, event, NAME_RULE);
+  } else if (!isSafe(server, client)) {
+    refuse(server, client, event, UNSAFE);
+  } else if (standing.is === "registered") {
+    proveName(server, client, event, standing.hash, password);
+  } else {
+    // What seems to be the name may be the password, so the log does not have it.
+    const why = refuseLogin(event, standing);
+    refuse(server, client, event, why, "it gave a password for a name that is not registered");
+  }
+}
+
+type NameEvent = { type: "join" | "nick"; clientId: number; name: string };
+
+/** Why a client cannot have a name without a password, or null if it can. */
+function refuseUnproved(
+  server: Server,
+  client: Client,
+  event: NameEvent,
+  standing: Standing,
+): string | null {
+  const name = normalizeName(event.name);
+  const isOwn = foldName(name) === foldName(nameOf(server.room, client.id));
+  switch (standing.is) {
+    case "registered":
+      if (isOwn) return null; // in other letters
+      return isSafe(server, client) ? askForPassword(event) : refuseUnsafe(name);
+    case "alike":
+      return `* The name ${name} looks like one that is registered.`;
+    case "unknown":
+      return NAMES_UNKNOWN;
+    case "free":
+      if (client.isLocal || !server.operators.has(foldName(name))) return null;
+      return `* The name ${name} is kept for an operator, who registers it on the machine of the server.`;
+  }
+}
+
+function refuseUnsafe(name: string): string {
+  return `* The name ${name} is registered, and passwords are taken only under TLS, or on the machine of the server.`;
+}
+
+function askForPassword({ type, name: typedName }: NameEvent): string {
+  const name = normalizeName(typedName);
+  return type === "join"
+    ? `* The name ${name} is registered. Enter it with its password: ${name} PASSWORD`
+    : `* The name ${name} is registered. Take it with its password: /nick ${name} PASSWORD`;
+}
+
+/** Why a name that came with a password cannot be had: it has none. */
+function refuseLogin({ type, name: typedName }: NameEvent, { is }: Standing): string {
+  const name = normalizeName(typedName);
+  if (is === "unknown") return NAMES_UNKNOWN;
+  if (!isName(name)) return NAME_RULE;
+  const how = type === "join" ? `Enter it alone: ${name}` : `Take it alone: /nick ${name}`;
+  return `* The name ${name} is not registered, so it has no password. ${how}`;
+}
+
+/** Lets a client have a name if the password is right. */
+function proveName(
+  server: Server,
+  client: Client,
+  event: NameEvent,
+  hash: string,
+  password: string,
+): void {
+  if (client.phase === "naming") {
+    client.phase = "proving";
+    client.deadline = Infinity;
+  }
+
+  addTask(server, client, async () => {
+    const typed = normalizePassword(password);
+    const isRight = await isPasswordOf(typed, hash);
+    const strongerHash = isRight && isWeak(hash) ? await hashPassword(typed) : null;
+
+    return () => {
+      client.deadline = performance.now() + LOBBY_DEADLINE;
+      const standing = lookUp(server, event.name);
+      const isUnchanged = standing.is === "registered" && standing.hash === hash; // in the meantime
+      if (!isRight || !isUnchanged) {
+        refuse(server, client, event, askForPassword(event));
+        return;
+      }
+      returnGuess(client);
+      if (strongerHash) changeAccounts(server, ({ change }) => change(event.name, strongerHash));
+      takeOver(server, client, event);
+    };
+  });
+}
+
+/** Whoever has the name now has come in under the same password, and goes. */
+function takeOver(server: Server, client: Client, event: NameEvent): void {
+  const other = findClient(server, event.name);
+  const isBanned = refuseBanned(server, client, event) !== null;
+  if (other && other !== client && !isBanned)
+    showOut(server, other, "* You have come in from elsewhere.", "came in from elsewhere");
+  takeName(server, client, event);
+}
+
+/** The client may have the name, as far as its password goes. */
+function takeName(server: Server, client: Client, event: NameEvent): void {
+  const why = refuseBanned(server, client, event);
+  if (why === null) propose(server, client, event);
+  else refuse(server, client, event, why);
+}
+
+/** A hash that cannot be read fits no password. */
+async function isPasswordOf(password: string, hash: string): Promise<boolean> {
+  try {
+    return await Bun.password.verify(password, hash);
+  } catch {
+    return false;
+  }
+}
+
+function hashPassword(password: string): Promise<string> {
+  return Bun.password.hash(password, HASHING);
+}
+
+/** Whether a hash was made with less work than those of today. */
+function isWeak(hash: string): boolean {
+  const [, memory, time] = /^\$argon2id\$v=19\$m=(\d+),t=(\d+),/.exec(hash) ?? [];
+  return !(Number(memory) >= HASHING.memoryCost && Number(time) >= HASHING.timeCost);
+}
+
+function register(server: Server, client: Client, typed: string): void {
+  const name = nameOf(server.room, client.id);
+  const password = normalizePassword(typed);
+  const why =
+    refusePassword(server, client, password, "/register PASSWORD") ??
+    refuseRegistration(server, client, name);
+  if (why !== null) {
+    answer(server, client, why);
+    return;
+  }
+
+  addTask(server, client, async () => {
+    const hash = await hashPassword(password);
+    return () => {
+      const problem = changeAccounts(server, ({ add }) => add(name, hash));
+      if (problem === null && client.address && sharesBudget(server))
+        spend(client.address.registrations, 1, REGISTER_RATE, REGISTER_BURST);
+      if (problem === null) server.options.log?.(`The name ${name} has been registered.`);
+      const done = `* The name ${name} is registered now. Enter it with its password: ${name} PASSWORD`;
+      answer(server, client, problem ?? done);
+    };
+  });
+}
+
+/** Why a password cannot be taken, or null if it can. */
+function refusePassword(
+  server: Server,
+  client: Client,
+  password: string,
+  usage: string,
+): string | null {
+  const characters = Array.from(password).length;
+  if (!server.accounts) return IN_MEMORY_ONLY;
+  if (!isSafe(server, client)) return UNSAFE;
+  if (!/\S/.test(password)) return `* Say it like this: ${usage}`;
+  if (characters < MIN_PASSWORD || characters > MAX_PASSWORD) return PASSWORD_RULE;
+  return REQUEST.test(password) ? "* A password does not end like that." : null;
+}
+
+/** Why a client cannot register its name, or null if it can. */
+function refuseRegistration(server: Server, client: Client, name: string): string | null {
+  const { is } = lookUp(server, name);
+  if (is === "unknown") return NAMES_UNKNOWN;
+  if (is === "alike") return `* The name ${name} looks like one that is registered.`;
+  if (is === "registered")
+    return `* The name ${name} is registered already. /password NEW changes its password.`;
+
+  const hasRegisteredMany = (client.address?.registrations.paidUntil ?? 0) > performance.now();
+  return hasRegisteredMany
+    ? "* Too many names were registered from your address. Try again in ten minutes."
+    : null;
+}
+
+function changePassword(server: Server, client: Client, typed: string): void {
+  const name = nameOf(server.room, client.id);
+  const password = normalizePassword(typed);
+  const why =
+    refusePassword(server, client, password, "/password NEW") ?? refuseStranger(server, name);
+  if (why !== null) {
+    answer(server, client, why);
+    return;
+  }
+
+  addTask(server, client, async () => {
+    const hash = await hashPassword(password);
+    return () => {
+      const problem = changeAccounts(server, ({ change }) => change(name, hash));
+      answer(server, client, problem ?? `* The password of ${name} is changed.`);
+    };
+  });
+}
+
+/** Why a name that should be registered cannot be dealt with, or null if it can. */
+function refuseStranger(server: Server, name: string): string | null {
+  if (!server.accounts) return IN_MEMORY_ONLY;
+  const { is } = lookUp(server, name);
+  if (is === "unknown") return NAMES_UNKNOWN;
+  return is === "registered" ? null : `* The name ${name} is not registered.`;
+}
+
+function unregister(server: Server, client: Client): void {
+  const name = nameOf(server.room, client.id);
+  // Whoever came next under that name could register it, and would be an operator.
+  const why = isOperator(server, client)
+    ? "* Operators keep their names, until the server is started without them."
+    : refuseStranger(server, name);
+  const problem = why ?? changeAccounts(server, ({ remove }) => remove(name));
+  if (problem === null) server.options.log?.(`The name ${name} is not registered any more.`);
+  answer(server, client, problem ?? `* The name ${name} is not registered any more.`);
+}
+
+/** Changes the accounts. @returns why that could not be done, or null */
+function changeAccounts(server: Server, change: (accounts: Accounts) => void): string | null {
+  const { accounts, history, options } = server;
+  if (!accounts) return IN_MEMORY_ONLY;
+  if (history.isFailing) return "* Nothing can be stored now. Try again later.";
+  try {
+    change(accounts);
+    return null;
+  } catch (error) {
+    const reason = reasonOf(error);
+    options.logError?.(`The registered names cannot be changed: ${reason}.`);
+    return `* That could not be stored: ${reason}.`;
+  }
+}
+
+/** Has slow work done for a client, which waits for it. */
+function addTask(server: Server, client: Client, run: Task["run"]): void {
+  client.task = { client, run };
+  server.tasks.push(client.task);
+  void doTasks(server);
+}
+
+/** Does the tasks that may be done now, one at a time. */
+async function doTasks(server: Server): Promise<void> {
+  if (server.isHashing) return;
+  server.isHashing = true;
+  let task = takeTask(server);
+  while (task) {
+    await doTask(server, task);
+    task = takeTask(server);
+  }
+  server.isHashing = false;
+}
+
+/** Takes the next task. Each is paid for by its address, and those that have paid least come first. */
+function takeTask(server: Server): Task | undefined {
+  server.tasks = server.tasks.filter(({ client }) => client.phase !== "closing");
+
+  let best: Task | undefined;
+  let most = 1 - Number.EPSILON; // a third three times is one, or a little less
+  for (const task of server.tasks) {
+    const { guesses = 0 } = task.client.address ?? {};
+    if (guesses < most || (best && guesses === most)) continue;
+    best = task;
+    most = guesses;
+  }
+  if (!best) return undefined;
+
+  server.tasks.splice(server.tasks.indexOf(best), 1);
+  if (best.client.address) best.client.address.guesses--;
+  return best;
+}
+
+/** Only what may be a guess is to be paid for. */
+function returnGuess({ address }: Client): void {
+  if (address) address.guesses = Math.min(MAX_GUESSES, address.guesses + 1);
+}
+
+/** Does a task, and reads on from its client. An exception disconnects this client only. */
+async function doTask(server: Server, { client, run }: Task): Promise<void> {
+  try {
+    const finish = await run();
+    client.task = null;
+    if (client.phase === "closing") return;
+    finish();
+    confirmAnswer(server, client);
+    readOn(server, client);
+  } catch (error) {
+    handleError(server, client.socket, error);
+  }
+}
+
+// --- Operators ---------------------------------------------------------------------------------
+// Operators can show people out: the owners of the names in --operators, and the person at the terminal
+// of the server. A name of an operator that nobody has registered yet can be had only on the machine of
+// the server, because whoever registers it is an operator.
+
+/** Somebody who may show people out, and gets the answers. */
+type Operator = { name: string; answer(line: string): void };
+
+type OperatorCommand = {
+  name: string;
+  parameters: string;
+  help: string;
+  run(server: Server, operator: Operator, rest: string): void;
+};
+
+const OPERATOR_COMMANDS: readonly OperatorCommand[] = [
+  { name: "/kick", parameters: "NAME REASON", help: "shows somebody out", run: kick },
+  {
+    name: "/ban",
+    parameters: "NAME MINUTES",
+    help: `shows somebody out, and keeps them out (${DEFAULT_BAN} minutes)`,
+    run: ban,
+  },
+  { name: "/bans", parameters: "", help: "says who is kept out", run: listBans },
+  { name: "/unban", parameters: "NAME", help: "lets somebody in again", run: unban },
+];
+
+const CONSOLE_COMMANDS: readonly OperatorCommand[] = [
+  { name: "/help", parameters: "", help: "shows this list", run: helpOperator },
+  { name: "/who", parameters: "", help: "says who is here", run: listNames },
+  ...OPERATOR_COMMANDS,
+  { name: "/say", parameters: "TEXT", help: "says something to everybody", run: say },
+];
+
+function isOperator(server: Server, client: Client): boolean {
+  const name = nameOf(server.room, client.id);
+  return server.operators.has(foldName(name)) && lookUp(server, name).is === "registered";
+}
+
+function operatorOf(server: Server, client: Client): Operator {
+  return {
+    name: nameOf(server.room, client.id),
+    answer: (line) => answer(server, client, line),
+  };
+}
+
+/** Does what the person at the terminal of the server says. @returns the answer */
+function runConsoleCommand(server: Server, typed: string): string {
+  const { word, rest } = splitWord(cleanText(typed).trim());
+  const answers: string[] = [];
+  const operator: Operator = { name: "the server", answer: (line) => answers.push(line) };
+
+  const command = CONSOLE_COMMANDS.find(({ name }) => name === word.toLowerCase());
+  if (command) command.run(server, operator, rest);
+  else if (word.startsWith("/")) operator.answer(`* Unknown command ${word}. Try /help.`);
+  else if (word) operator.answer("* What is typed here is a command. To talk, say /say TEXT.");
+  return answers.join("\n");
+}
+
+function helpOperator(_: Server, operator: Operator): void {
+  operator.answer(CONSOLE_COMMANDS.map(describeCommand).join("\n"));
+}
+
+function listNames(server: Server, operator: Operator): void {
+  operator.answer(listPeople(server).trimEnd());
+}
+
+/** Says something as the server. */
+function say(server: Server, operator: Operator, text: string): void {
+  if (text === "") operator.answer("* Say it like this: /say TEXT");
+  else announce(server, text);
+}
+
+function announce(server: Server, text: string): void {
+  broadcastMessage(server, `* The server says: ${text}`);
+  server.options.log?.(`The server says: ${text}`);
+}
+
+/** The client that an operator names, or undefined, of which the operator is told. */
+function findNamed(server: Server, operator: Operator, name: string): Client | undefined {
+  const client = findClient(server, name);
+  if (!client) operator.answer(`* Nobody here is called ${name}.`);
+  return client;
+}
+
+function kick(server: Server, operator: Operator, rest: string): void {
+  const { word: name, rest: reason } = splitWord(rest);
+  if (name === "") {
+    operator.answer("* Say it like this: /kick NAME REASON");
+    return;
+  }
+  const client = findNamed(server, operator, name);
+  if (!client) return;
+
+  const how = `kicked by ${operator.name}${reason && `: ${reason}`}`;
+  showOut(server, client, `* You were ${how}`, how);
+}
+
+function ban(server: Server, operator: Operator, rest: string): void {
+  const { word: name, rest: typedMinutes } = splitWord(rest);
+  const minutes = /^\d{1,6}$/.test(typedMinutes) ? Number(typedMinutes) : 0;
+  const isMeant = typedMinutes === "" || (minutes > 0 && minutes <= MAX_BAN);
+  if (name === "" || !isMeant) {
+    operator.answer(`* Say it like this: /ban NAME MINUTES, with 1 to ${MAX_BAN} minutes`);
+    return;
+  }
+  const client = findNamed(server, operator, name);
+  if (client) banClient(server, operator, client, minutes || DEFAULT_BAN);
+}
+
+/** Bans the name and the address, unless that is this machine's, from where many may come. */
+function banClient(server: Server, operator: Operator, client: Client, minutes: number): void {
+  const { name = "", keys = [] } = server.room.people.get(client.id) ?? {};
+  const address = client.isLocal ? "" : (client.address?.key ?? "");
+  const until = performance.now() + minutes * 60_000;
+  server.bans = server.bans.filter((ban) => ban.keys[0] !== keys[0]);
+  server.bans.push({ name, keys, address, until });
+
+  const how = `banned by ${operator.name} for ${countMinutes(minutes)}`;
+  showOut(server, client, `* You were ${how}`, how);
+}
+
+function countMinutes(minutes: number): string {
+  return minutes === 1 ? "1 minute" : `${minutes} minutes`;
+}
+
+/** How long a ban still lasts. */
+function timeLeft({ until }: Ban): string {
+  return countMinutes(Math.max(1, Math.ceil((until - performance.now()) / 60_000)));
+}
+
+function listBans(server: Server, operator: Operator): void {
+  const bans = server.bans.map((ban) => {
+    const address = ban.address && `from ${ban.address} `;
+    return `* ${ban.name} ${address}is banned for another ${timeLeft(ban)}`;
+  });
+  operator.answer(bans.join("\n") || "* Nobody is banned.");
+}
+
+function unban(server: Server, operator: Operator, name: string): void {
+  const key = spellingKey(normalizeName(name));
+  const ban = server.bans.find(({ keys }) => keys[0] === key);
+  if (!ban) {
+    operator.answer(name ? `* ${name} is not banned.` : "* Say it like this: /unban NAME");
+    return;
+  }
+  server.bans = server.bans.filter((other) => other !== ban);
+  announce(server, `${operator.name} lets ${ban.name} come back.`);
+}
+
+/** Why a client cannot have a name for now, or null. Operators come in from every address. */
+function refuseBanned(server: Server, client: Client, event: NameEvent): string | null {
+  if (server.bans.length === 0) return null;
+  const { name, keys } = createPerson(event.name);
+  const mayPass = event.type === "nick" || server.operators.has(foldName(name));
+  const address = mayPass ? undefined : client.address?.key;
+
+  const ban = server.bans.find((ban) => {
+    return ban.address === address || ban.keys.some((key) => keys.includes(key));
+  });
+  if (!ban) return null;
+  if (event.type === "nick") return `* The name ${name} is banned for another ${timeLeft(ban)}.`;
+  return `* You are banned for another ${timeLeft(ban)}.`;
+}
+
 // --- The history -------------------------------------------------------------------------------
 // The history is what the room has heard: no private messages, no answers, no refusals. Each batch is
 // a row of a SQLite table, stored just before it is sent. Its position is its time in µs, which no
@@ -1643,11 +2318,18 @@ type StoredBatch = { at: number; text: string };
 type History = ReturnType<typeof openHistory>;
 
 // Entry N upgrades a file from version N to N + 1.
-const SCHEMA = ["CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT"];
+const SCHEMA = [
+  "CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT",
+  `CREATE TABLE accounts (
+     name TEXT PRIMARY KEY, looks TEXT NOT NULL, capitals TEXT NOT NULL, hash TEXT NOT NULL
+   ) STRICT, WITHOUT ROWID;
+   CREATE UNIQUE INDEX looks ON accounts (looks);
+   CREATE UNIQUE INDEX capitals ON accounts (capitals)`,
+];
 const IN_MEMORY = ":memory:";
 const APPLICATION_ID = 0x62_75_6e_63; // "bunc", in bytes 68 to 71 of the file (SQLite, file format)
 
-const HISTORY_PROBLEMS: readonly { code: RegExp; reason: string }[] = [
+const FILE_PROBLEMS: readonly { code: RegExp; reason: string }[] = [
   { code: /ENOENT/, reason: "there is no such folder" },
   { code: /EISDIR/, reason: "it is a folder" },
   { code: /EACCES|EPERM|EROFS|READONLY|CANTOPEN|IOERR_LOCK/, reason: "it cannot be written there" },
@@ -1659,7 +2341,7 @@ const HISTORY_PROBLEMS: readonly { code: RegExp; reason: string }[] = [
 
 function reasonOf(error: unknown): string {
   const { code, message } = error as NodeJS.ErrnoException;
-  return HISTORY_PROBLEMS.find((problem) => problem.code.test(`${code}`))?.reason ?? message;
+  return FILE_PROBLEMS.find((problem) => problem.code.test(`${code}`))?.reason ?? message;
 }
 
 /**
@@ -1747,9 +2429,16 @@ function openHistory({ db: file, logError }: ServerOptions) {
   }
 
   return {
+    database,
+
     /** The position of the last batch. */
     get position() {
       return position;
+    },
+
+    /** Whether the last batch could not be stored. Then nothing may touch the file. */
+    get isFailing() {
+      return failure !== null;
     },
 
     forgetBefore,
@@ -2250,6 +2939,8 @@ function waitForArrival(client: Client): void {
 
 /** Once a second: greets one that waits, or gives back some credit, or forgets an idle address. */
 function sweepAddress(server: Server, address: Address): void {
+  address.guesses = Math.min(MAX_GUESSES, address.guesses + 1 / GUESS_AGAIN);
+
   const [next] = address.waiting;
   if (next) {
     address.waiting.delete(next);
@@ -2258,9 +2949,16 @@ function sweepAddress(server: Server, address: Address): void {
     readOn(server, next); // under TLS this lets the handshake go on
   } else if (address.arrivals < MAX_ARRIVALS) {
     address.arrivals++;
-  } else if (address.connections === 0 && address.paidUntil < performance.now() - BURST) {
+  } else if (hasAllCredit(address)) {
     server.addresses.delete(address.key);
   }
+}
+
+/** Whether nothing has to be remembered of an address. */
+function hasAllCredit({ connections, guesses, registrations, paidUntil }: Address): boolean {
+  const now = performance.now();
+  const hasPaid = paidUntil < now - BURST && registrations.paidUntil < now - REGISTER_BURST;
+  return connections === 0 && guesses === MAX_GUESSES && hasPaid;
 }
 
 function findAddress(server: Server, host: string): Address {
@@ -2277,9 +2975,8 @@ function findAddress(server: Server, host: string): Address {
  * What counts as one address: an IPv4 address, also in its IPv6 form (RFC 4291, section 2.5.5.2), or
  * the first 64 bits of an IPv6 address, because a site has all of a /64 at least (RFC 6177).
  */
-export function addressKey(host: string): string {
-  const [, ipv4] = /^::ffff:(\d+\.\d+\.\d+\.\d+)$/i.exec(host) ?? [];
-  if (ipv4) return ipv4;
+export function addressKey(address: string): string {
+  const host = toIpv4(address);
   if (!host.includes(":")) return host;
 
   const [before = "", after = ""] = host.split("::");
@@ -2287,6 +2984,12 @@ export function addressKey(host: string): string {
   const last = after === "" ? [] : after.split(":");
   while (groups.length + last.length < 8) groups.push("0");
   return [...groups, ...last].slice(0, 4).join(":");
+}
+
+/** An IPv4 address that came in its IPv6 form. */
+function toIpv4(host: string): string {
+  const [, ipv4 = host] = /^::ffff:(\d+\.\d+\.\d+\.\d+)$/i.exec(host) ?? [];
+  return ipv4;
 }
 
 // --- Shutdown ----------------------------------------------------------------------------------
@@ -2307,12 +3010,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
     await Bun.sleep(5);
   }
 
-  for (const client of server.clients) {
-    const late = countLines(client.unread);
-    if (late > 0) tell(server, client, `* Your last lines came too late: ${late} or more.`);
-    else if (client.heldBack && hearsBatches(client))
-      tell(server, client, "* Your last lines may have come too late.");
-  }
+  for (const client of server.clients) tellTooLate(server, client);
   broadcastMessage(server, SHUTDOWN);
   flush(server);
 
@@ -2328,8 +3026,8 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
 
 /** Tells those outside of the room, too, and sends the FIN. Nobody leaves: the room does. */
 function sayGoodbye(server: Server, client: Client): void {
-  const canRead =
-    client.phase === "naming" || (client.phase === "connecting" && !server.options.tls);
+  const isWaiting = client.phase === "naming" || client.phase === "proving";
+  const canRead = isWaiting || (client.phase === "connecting" && !server.options.tls);
   if (canRead) tell(server, client, SHUTDOWN);
   client.phase = "closing";
   if (client.heldBack) resume(client);
@@ -2351,6 +3049,7 @@ const OPTIONS = [
   ["tls-key", "FILE", "and with this private key (PEM)"],
   ["db", "FILE", "keep the history in this file (SQLite); otherwise it ends with the server"],
   ["keep", "DAYS", `until what was said is forgotten (${DEFAULTS.keep}; 0 for never)`],
+  ["operators", "NAMES", "registered people who may show others out: alice,bob (needs --db)"],
   ["quiet", "", "print only start, stop and errors"],
   ["help", "", "show this text"],
   ["version", "", "show the version"],
@@ -2411,10 +3110,48 @@ export function main(): void {
     }
   }
 
+  if (process.stdin.isTTY) {
+    attendTerminal((line) => {
+      const answer = server.command(line);
+      if (answer) print(answer);
+    });
+  }
   process.on("SIGINT", () => shutDown(0));
   process.on("SIGTERM", () => shutDown(0));
   process.on("SIGHUP", () => (options.tls ? renewCertificate() : shutDown(0)));
   process.on("uncaughtException", fail);
+}
+
+/**
+ * Calls back with each line that is typed at the terminal, while that belongs to the server. Reading in
+ * the background (`bun server.ts &`) would stop the process.
+ */
+function attendTerminal(handleLine: (line: string) => void): void {
+  const { stdin } = process;
+  let typed = "";
+
+  stdin.on("data", (chunk) => {
+    const lines = (typed + chunk).split("\n");
+    typed = lines.pop() ?? "";
+    for (const line of lines) handleLine(line);
+  });
+  stdin.on("error", () => {}); // the terminal is gone, and the chat goes on
+
+  const attend = () => (isInForeground() ? stdin.resume() : stdin.pause());
+  attend();
+  process.on("SIGCONT", attend);
+  setInterval(attend, 1000).unref(); // after `fg` there may be no signal
+}
+
+/** Whether this process may read from its terminal (proc_pid_stat(5)); on other systems than Linux, yes. */
+function isInForeground(): boolean {
+  try {
+    const status = readFileSync("/proc/self/stat", "latin1");
+    const [, , group, , , foregroundGroup] = status.slice(status.lastIndexOf(")") + 2).split(" ");
+    return foregroundGroup === group || foregroundGroup === "-1"; // -1: no shell looks after it
+  } catch {
+    return true;
+  }
 }
 
 function describe(error: unknown): string {
@@ -2431,7 +3168,7 @@ function readOptions() {
       OPTIONS.map(([name, value]) => [name, { type: value ? "string" : "boolean" }] as const),
     ),
   });
-  const { host, quiet, help, version, db, "tls-cert": cert, "tls-key": key } = values;
+  const { host, quiet, help, version, db, operators, "tls-cert": cert, "tls-key": key } = values;
   if (help || version) {
     console.log(help ? USAGE : `bun-chat ${VERSION}`);
     process.exit(0);
@@ -2440,6 +3177,8 @@ function readOptions() {
   if (db === "") throw new TypeError("--db takes the name of a file");
   if ((cert === undefined) !== (key === undefined))
     throw new TypeError("--tls-cert and --tls-key go together");
+  if (operators !== undefined && db === undefined)
+    throw new TypeError("--operators goes together with --db, where names are registered");
 
   function readInteger<T>(name: string, least: number, most: number, fallback: T) {
     const text = values[name];
@@ -2459,9 +3198,19 @@ function readOptions() {
     maxPerAddress: readInteger("max-per-address", 1, 1_000_000, undefined),
     db: db === undefined ? undefined : `${db}`,
     keep: readInteger("keep", 0, 36_500, DEFAULTS.keep),
+    operators: operators === undefined ? [] : readNames(`${operators}`),
     tls: cert !== undefined && { cert: Bun.file(`${cert}`), key: Bun.file(`${key}`) },
     quiet,
   };
+}
+
+/** @throws TypeError when one of them is no name */
+function readNames(text: string): string[] {
+  const names = text.split(",").map((name) => normalizeName(name.trim()));
+  if (names.every(isName)) return names;
+  throw new TypeError(
+    `--operators takes names with commas between them, not ${JSON.stringify(text)}`,
+  );
 }
 
 // The code of an error, or the message of one that has no code.
