@@ -592,6 +592,8 @@ function inProcess(port: number, recall = 0) {
   const screen = {
     isPerson: false,
     ask: async () => undefined,
+    askPassword: async () => undefined,
+    showOut() {},
     waiting: () => 0,
     show(entries: readonly Entry[]) {
       shown.add(toText(entries.map(({ text }) => text)));

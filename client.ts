@@ -38,6 +38,7 @@ type Address = { host: string; port: number; tls: boolean | { ca: string } };
 /** Times in ms. A test may change them before it calls `main`. */
 export const PACE = {
   silence: 10_000, // for a server to say something
+  proof: 240_000, // for a server to look at our password, while others wait for the same
   moment: 1000, // after which words without a newline are taken for a line
   doubt: 2000, // in which the end of the connection makes a refusal of the last words
   retry: 1000, // before the first new try
@@ -252,9 +253,12 @@ type Command = { name: string; parameters: string; help: string };
 const COMMANDS: readonly Command[] = [
   { name: "/help", parameters: "", help: "what the server can do" },
   { name: "/who", parameters: "", help: "who is here" },
-  { name: "/nick", parameters: "NAME", help: "be called NAME from now on" },
+  { name: "/nick", parameters: "NAME", help: "be called NAME from now on (and its PASSWORD)" },
   { name: "/msg", parameters: "NAME TEXT", help: "say TEXT to NAME and to nobody else" },
   { name: "/history", parameters: "N", help: "the last N lines that were said" },
+  { name: "/register", parameters: "", help: "make your name your own, by a password" },
+  { name: "/password", parameters: "", help: "change that password" },
+  { name: "/unregister", parameters: "", help: "give the name up" },
   {
     name: "/ignore",
     parameters: "NAME",
@@ -262,6 +266,16 @@ const COMMANDS: readonly Command[] = [
   },
   { name: "/quit", parameters: "", help: "end the program" },
 ];
+
+// A command that ends with a password.
+const WITH_PASSWORD =
+  /^(?<before>\/(?:register|password|nick\s+(?<name>\S+))\s)(?<password>.*\S.*)$/isu;
+
+/** A password is not shown, only where it stands. */
+export function hidePassword(text: string): string {
+  const { before = "", password = "" } = WITH_PASSWORD.exec(text)?.groups ?? {};
+  return password === "" ? text : before + "*".repeat(password.length);
+}
 
 /** What Tab offers for the text before the cursor: whole replacements of it, the best first. */
 export function complete(before: string, people: Iterable<string>): string[] {
@@ -459,7 +473,15 @@ export function createOutbox() {
     }
   }
 
+  function release(): void {
+    flushed?.resolve();
+    flushed = null;
+  }
+
   return {
+    /** Nothing is sent any more: nobody has to wait for that. */
+    release,
+
     /** Lines that were not sent. */
     get unsent() {
       return waiting.length;
@@ -485,7 +507,7 @@ export function createOutbox() {
       return lastSent;
     },
 
-    /** Adds a line. Resolves when nothing waits any more. */
+    /** Adds a line. Resolves when nothing waits any more, or will be sent any more. */
     add(text: string): Promise<void> {
       flushed ??= Promise.withResolvers();
       const bytes = Buffer.from(`${text}\n`);
@@ -498,8 +520,7 @@ export function createOutbox() {
       while (bytesUnderWay < MAX_UNDER_WAY && underWay.at(-1)?.kind !== "rename") {
         const [line] = waiting;
         if (!line) {
-          flushed?.resolve();
-          flushed = null;
+          release();
           return;
         }
         taken += Math.max(0, socket.write(line.bytes.subarray(taken)));
@@ -769,8 +790,14 @@ type State =
   // What was said must arrive. Then our FIN goes out, and the server closes.
   | { at: "leaving"; socket: Connection; timer: Timer };
 
-/** What the person wants, which decides what the end of a connection means. */
-type Goal = "enter" | "stay" | "leave";
+/**
+ * What is wanted, which decides what the end of a connection means: by the person, or "go" by the server,
+ * which does not let us stay.
+ */
+type Goal = "enter" | "stay" | "leave" | "go";
+
+/** A name and its password. */
+type Login = { name: string; password: string };
 
 /** What comes of leaving: lines that were not sent, and whether all others have arrived. */
 type Farewell = { unsent: number; isComplete: boolean };
@@ -781,6 +808,14 @@ const OUR_GREETING = "Welcome to bun-chat! What is your name?";
 const OLD_GREETING = "Welcome to the chat! What is your name?"; // of our servers without a history
 const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
 const LOST = "Connection lost.";
+const UNSAFE = "Passwords are sent only under TLS, or to this machine: others could read it.";
+
+// What a server of ours says about passwords, and when it shows us out.
+const NEEDS_PASSWORD = /^\* The name \S+ is registered[.,]/;
+const WRONG_PASSWORD = "The password is wrong.";
+const PASSWORD_SET = /^\* The (?:name|password of) (\S+) is (?:registered now|changed)\./;
+const UNREGISTERED = /^\* The name (\S+) is not registered any more\.$/;
+const SHOWN_OUT = /^\* You (?:have come in from elsewhere\.$|were (?:kicked|banned) by )/;
 const SAID_IN_DOUBT = "What you said last may not have arrived.";
 const ASKED_IN_DOUBT = "What you asked for last may not have arrived.";
 const RECENT = 10_000; // ms; older lines are taken to have arrived
@@ -814,6 +849,11 @@ function formatEndpoint(host: string, port: number): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
 }
 
+/** Whether an address, as the system tells it, is of this machine (RFC 6890; RFC 4291, section 2.5.3). */
+function isLoopback(address: string): boolean {
+  return /^(?:::ffff:)?127\.|^::1$/i.test(address);
+}
+
 /**
  * Gets into a room and shows on `screen` what comes from there. When the connection is lost in the
  * room, makes it anew under the same name, until you leave.
@@ -824,6 +864,9 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   let state: State = { at: "offline" };
   let goal: Goal = "enter";
   let name = "";
+  let login: Login | null = null; // what was right last; it is in memory only
+  let offered: Login | null = null; // a password that the server has not confirmed yet
+  let isSafe = false; // whether nobody on the way can read what is sent
   let tries = 0; // to get back
   let split = splitLines(MAX_LINE);
   let entered = Promise.withResolvers<{ refused?: string }>();
@@ -866,12 +909,13 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function handleOpen(socket: Connection): void {
+    isSafe = Boolean(tls) || isLoopback(socket.remoteAddress);
     if (state.at === "connecting") waitFor("greeting", socket);
     else socket.end(); // too late, or a second one: a host may have several addresses
   }
 
-  function waitFor(at: "greeting" | "entering", socket: Connection): void {
-    change({ at, socket, timer: setTimeout(failSilent, PACE.silence), heard: [] });
+  function waitFor(at: "greeting" | "entering", socket: Connection, patience = PACE.silence): void {
+    change({ at, socket, timer: setTimeout(failSilent, patience), heard: [] });
   }
 
   function handleData(socket: Connection, chunk: Uint8Array): void {
@@ -917,9 +961,15 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function introduce(socket: Connection): void {
-    waitFor("entering", socket);
     split = splitLines(MAX_LINE); // without the rest of a greeting that has no newline
-    writeLine(socket, name);
+    const isKnown = login !== null && isSameName(login.name, name);
+    if (login && isKnown && isSafe) {
+      waitFor("entering", socket, PACE.proof);
+      writeLine(socket, `${name} ${login.password}`);
+    } else {
+      waitFor("entering", socket);
+      writeLine(socket, name);
+    }
   }
 
   function writeLine(socket: Connection, line: string): void {
@@ -977,6 +1027,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function hearRoom(lines: string[]): void {
+    for (const line of lines) heed(line);
     if (!isFollowed) {
       showPresent(lines.map(classify));
       return;
@@ -993,6 +1044,21 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     flush(); // what was confirmed makes room for more, or was the last to be waited for
   }
 
+  /** What the server says to us alone. */
+  function heed(line: string): void {
+    const [, changed] = PASSWORD_SET.exec(line) ?? [];
+    const [, unregistered] = UNREGISTERED.exec(line) ?? [];
+    if (changed) keepOffered(changed);
+    if (unregistered) login = null;
+    if (SHOWN_OUT.test(line) && goal !== "enter") goal = "go";
+  }
+
+  /** The password that was offered for a name is right. */
+  function keepOffered(changed: string): void {
+    if (offered && isSameName(offered.name, changed)) login = offered;
+    offered = null;
+  }
+
   /** A person is told at once, a tool by its exit code. */
   function doubt(words: string): void {
     if (screen.isPerson) screen.notice(words);
@@ -1000,7 +1066,11 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function showPresent(entries: Entry[]): void {
-    for (const { who, renamed } of entries) if (renamed && who === name) name = copyOf(renamed);
+    for (const { who, renamed } of entries) {
+      if (!renamed || who !== name) continue;
+      name = copyOf(renamed);
+      keepOffered(name);
+    }
     show(entries);
   }
 
@@ -1039,7 +1109,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         refuse(allWords || NO_REASON);
         break;
       case "leaving":
-        if (isFollowed && !outbox.isSettled) {
+        if (isFollowed && !outbox.isSettled && goal !== "go") {
           startOver(lastWords);
           break;
         }
@@ -1048,7 +1118,12 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         break;
       case "joined":
       case "catchingUp":
-        startOver(lastWords);
+        if (goal === "go") {
+          showPresent(isFollowed ? follower.finish() : lastWords.map(classify));
+          go();
+        } else {
+          startOver(lastWords);
+        }
         break;
       default:
         change({ at: "offline" });
@@ -1070,13 +1145,25 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function refuse(refused: string): void {
-    // A name that is refused now was ours a moment ago: the server has not noticed that we were gone.
-    if (goal !== "enter") {
-      fail(refused);
-      return;
+    if (goal === "enter") {
+      change({ at: "offline" });
+      entered.resolve({ refused });
+    } else if (NEEDS_PASSWORD.test(refused)) {
+      screen.notice(refused); // it is somebody's now, or its password has been changed
+      go();
+    } else {
+      fail(refused); // it was ours a moment ago: the server has not noticed yet that we were gone
     }
+  }
+
+  /** The server does not let us stay, and it would be of no use to try again. */
+  function go(): void {
+    const wasLeaving = goal === "leave";
     change({ at: "offline" });
-    entered.resolve({ refused });
+    goal = "go";
+    outbox.release();
+    if (wasLeaving) finishLeaving(false);
+    else screen.showOut();
   }
 
   function handleError({ code = "", message }: NodeJS.ErrnoException): void {
@@ -1100,6 +1187,10 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     hangUp();
     if (goal === "enter") {
       entered.reject(new Error(reason));
+      return;
+    }
+    if (goal === "go") {
+      go();
       return;
     }
     const seconds = Math.min(30, 2 ** tries) * (0.8 + Math.random() * 0.4);
@@ -1140,12 +1231,20 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   return {
+    /** Whether nobody on the way can read what is sent on the connection, or was sent on the last one. */
+    get isSafe() {
+      return isSafe;
+    },
+
     /**
-     * Enters under a name, or only connects. Resolves with the words of a refusal if there is one.
+     * Enters under a name, with its password if it has one, or only connects. Resolves with the words of a
+     * refusal if there is one.
      * @throws when there is no connection to be had; the message is for the user
      */
-    join(wanted = ""): Promise<{ refused?: string }> {
+    join(wanted = "", password = ""): Promise<{ refused?: string }> {
       name = cleanText(wanted).trim().normalize("NFKC"); // as the server takes it
+      login = password ? { name, password } : null;
+      offered = null;
       goal = "enter";
       entered = Promise.withResolvers();
       follower = createFollower(outbox, recall);
@@ -1160,6 +1259,13 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         screen.notice("The client does that itself.");
         return Promise.resolve();
       }
+      const secret = WITH_PASSWORD.exec(text)?.groups;
+      if (secret && !isSafe) {
+        screen.notice(UNSAFE);
+        isComplete &&= screen.isPerson;
+        return Promise.resolve();
+      }
+      if (secret) offered = { name: secret["name"] ?? name, password: secret["password"] ?? "" };
       const sent = outbox.add(text);
       flush();
       return sent;
@@ -1172,7 +1278,8 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     leave(): Promise<Farewell> {
       const isIn = state.at === "joined" || state.at === "catchingUp";
       const isNeeded = isIn || (!screen.isPerson && !outbox.isSettled);
-      if (goal === "leave" || !isNeeded) return Promise.resolve(finishLeaving(false));
+      const isEnd = goal === "leave" || goal === "go" || !isNeeded;
+      if (isEnd) return Promise.resolve(finishLeaving(false));
 
       goal = "leave";
       left = Promise.withResolvers();
@@ -1184,14 +1291,21 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
 
 // --- The editor --------------------------------------------------------------------------------
 
-/** A line that was entered. One whose beginning was pasted is never a command. */
-type Line = { text: string; from: "keyboard" | "paste" | "pipe" };
+/**
+ * A line that was entered. One whose beginning was pasted is never a command. One from the room has no
+ * text: it says that we were shown out.
+ */
+type Line = { text: string; from: "keyboard" | "paste" | "pipe" | "room" };
+
+const OUT: Line = { text: "", from: "room" };
 
 /** A line that is not entered yet. */
 type Draft = { text: string; isPasted: boolean };
 
 /** What a terminal sends for a key, as node:readline tells. */
 type Key = { name?: string; ctrl?: boolean; meta?: boolean; shift?: boolean; sequence?: string };
+
+type Editor = ReturnType<typeof createEditor>;
 
 /** The line that is being typed, edited with the keys of readline(3), a grapheme cluster at a time. */
 export function createEditor(offer: (before: string) => string[]) {
@@ -1516,6 +1630,8 @@ type Screen = {
   isPerson: boolean;
   /** Resolves with the next line entered, or undefined at the end of input. */
   ask(question: string): Promise<Line | undefined>;
+  /** Resolves with a password, which is not shown and kept nowhere; undefined if there is none. */
+  askPassword(question: string): Promise<string | undefined>;
   /** Lines that were entered and not asked for yet. */
   waiting(): number;
   /** Shows what the room says. @returns false if no more should come until `whenTaken` calls back */
@@ -1529,6 +1645,8 @@ type Screen = {
   notice(text: string): void;
   /** Shows a text as it is. */
   print(text: string): void;
+  /** Drops what was entered, and answers the next question with a line from the room. */
+  showOut(): void;
   /** Hides somebody's lines, or shows them again; without a name says whose are hidden. */
   ignore(name: string): void;
   close(): void;
@@ -1550,6 +1668,8 @@ function openTerminal(bell: string): Screen {
     ...view,
     isPerson: true,
     ask: keyboard.ask,
+    askPassword: keyboard.askPassword,
+    showOut: keyboard.showOut,
     waiting: () => keyboard.waiting,
     whenTaken: output.whenTaken,
     close() {
@@ -1673,7 +1793,8 @@ function createView(display: Display, bell: string) {
 
 /** What the person types, as lines to be asked for. */
 function createKeyboard(display: Display, view: View) {
-  const editor = createEditor((before) => complete(before, view.others()));
+  const lineEditor = createEditor((before) => complete(before, view.others()));
+  let password: { editor: Editor; answer: (typed?: string) => void } | null = null; // being typed
   const entered: Line[] = []; // but not yet asked for
   let input: "typing" | "pasting" | "ended" = "typing";
   let question = "";
@@ -1685,8 +1806,16 @@ function createKeyboard(display: Display, view: View) {
     redraw = undefined;
     const waiting = entered.filter(({ from }) => from === "paste").length;
     const status = `${waiting} lines are on their way at the pace of the room; Ctrl+C stops them.`;
-    const { text, cursor } = editor;
-    display.draw({ status: waiting > SHORT_PASTE ? status : "", prompt: question, text, cursor });
+    const text = question === SAY ? hidePassword(lineEditor.text) : lineEditor.text;
+    const { cursor } = lineEditor;
+    if (password) display.draw({ status: "", prompt: question, text: "", cursor: 0 });
+    else
+      display.draw({ status: waiting > SHORT_PASTE ? status : "", prompt: question, text, cursor });
+  }
+
+  /** What keys go to. */
+  function editor(): Editor {
+    return password?.editor ?? lineEditor;
   }
 
   /** Draws what was typed, once for all keys of a chunk. */
@@ -1727,7 +1856,13 @@ function createKeyboard(display: Display, view: View) {
   }
 
   function enterTyped(): void {
-    const { text, isPasted } = editor.enter(question === SAY);
+    if (password) {
+      answerPassword(password.editor.text);
+      return;
+    }
+
+    const isRemembered = question === SAY && !WITH_PASSWORD.test(lineEditor.text);
+    const { text, isPasted } = lineEditor.enter(isRemembered);
     const from = isPasted || input === "pasting" ? "paste" : "keyboard";
     const line: Line = { text, from };
     if (from === "paste" && question === SAY && text.trim() === "") return;
@@ -1735,8 +1870,20 @@ function createKeyboard(display: Display, view: View) {
     else enter(line);
   }
 
+  /** Ends the question for a password. */
+  function answerPassword(typed?: string): void {
+    if (!password) return;
+    const { answer } = password;
+    password = null;
+    view.print(question);
+    question = "";
+    draw();
+    answer(typed);
+  }
+
   function endInput(): void {
     input = "ended";
+    answerPassword();
     wake();
   }
 
@@ -1757,10 +1904,10 @@ function createKeyboard(display: Display, view: View) {
   }
 
   function insert(typed: string): void {
-    const { length } = editor.text;
+    const { length } = editor().text;
     if (length >= MAX_TYPED) return;
-    editor.insert(typed, input === "pasting");
-    if (editor.text.length >= MAX_TYPED)
+    editor().insert(typed, input === "pasting");
+    if (editor().text.length >= MAX_TYPED)
       view.notice(`A line takes ${MAX_TYPED} characters. What follows is left out.`);
   }
 
@@ -1768,7 +1915,7 @@ function createKeyboard(display: Display, view: View) {
     return: enterTyped,
     enter: enterTyped,
     "ctrl+c": interrupt,
-    "ctrl+d": () => (editor.text === "" ? endInput() : editor.press("delete")),
+    "ctrl+d": () => (editor().text === "" ? endInput() : editor().press("delete")),
     "ctrl+z": suspend,
     "ctrl+l": clear,
     "paste-start": () => (input = "pasting"),
@@ -1790,7 +1937,7 @@ function createKeyboard(display: Display, view: View) {
     const isLiteral = text !== "" && (name !== "tab" || input === "pasting");
     if (isLiteral) insert(text);
     else if (input === "typing" || keysInPaste.includes(name))
-      (keys[id] ?? (() => editor.press(id)))();
+      (keys[id] ?? (() => editor().press(id)))();
     if (id !== "ctrl+z") scheduleDraw();
   }
 
@@ -1816,6 +1963,25 @@ function createKeyboard(display: Display, view: View) {
       if (line) view.print(`${asked}${line.text}`);
       draw();
       return line;
+    },
+
+    /** Resolves with what is typed next, unseen; undefined at the end of input. */
+    async askPassword(asked: string): Promise<string | undefined> {
+      if (input === "ended") return undefined;
+      const { promise, resolve } = Promise.withResolvers<string | undefined>();
+      password = { editor: createEditor(() => []), answer: resolve };
+      question = asked;
+      draw();
+      return promise;
+    },
+
+    /** We were shown out: what waits cannot be sent any more. */
+    showOut(): void {
+      const unsent = entered.filter(({ text }) => text.trim()).length;
+      entered.length = 0;
+      if (unsent > 0) view.notice(`${linesWere(unsent)} not sent.`);
+      answerPassword();
+      enter(OUT);
     },
 
     /** Lines that nobody has asked for. */
@@ -1856,6 +2022,14 @@ function restoreTerminal(): void {
 /** The standard input and output of a tool. */
 function openPipe(): Screen {
   const lines = readPipe();
+  let isShownOut = false;
+  let answer: (line: Line) => void = () => {}; // to the last question
+
+  async function nextLine(): Promise<Line | undefined> {
+    const { done, value } = await lines.next();
+    return done ? undefined : { text: value, from: "pipe" };
+  }
+
   // A terminal would break long lines itself, at the left, where real lines begin.
   function layOutPlain(entry: Entry): string {
     if (stdout.isTTY) return layOutEntry(entry, "", size().columns, "");
@@ -1869,9 +2043,17 @@ function openPipe(): Screen {
 
   return {
     isPerson: false,
-    async ask() {
-      const { done, value } = await lines.next();
-      return done ? undefined : { text: value, from: "pipe" };
+    ask: () => {
+      if (isShownOut) return Promise.resolve(OUT);
+      const { promise, resolve, reject } = Promise.withResolvers<Line | undefined>();
+      answer = resolve;
+      nextLine().then(resolve, reject);
+      return promise;
+    },
+    askPassword: async () => process.env["CHAT_PASSWORD"],
+    showOut() {
+      isShownOut = true;
+      answer(OUT);
     },
     show(entries) {
       show(entries);
@@ -1904,6 +2086,14 @@ async function* readPipe(): AsyncGenerator<string, void> {
 const MENU = "1. Join the chat\nq. Leave the chat\n2. Exit the program";
 const WHO = "Enter your username: ";
 const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at once.";
+const NO_BLANKS = "A name has no blanks. Its password is asked for, or taken from CHAT_PASSWORD.";
+const UNSAFE_NAME =
+  "The name is registered, and passwords are sent only under TLS, or to this machine.";
+const NO_PASSWORD =
+  "The name is registered: give its password in the environment, as CHAT_PASSWORD.";
+const SENT_AWAY = "The server did not let us stay, and what came behind was not sent.";
+const NOT_A_COMMAND =
+  "That was not sent, because it may hold a password. A command is typed, and begins with the slash.";
 const HELP = `Here also: /ignore NAME, and q, which leaves the chat. See bun client.ts --help.`;
 
 function linesWere(count: number): string {
@@ -1937,13 +2127,24 @@ async function askName(screen: Screen): Promise<string> {
   return line?.text.trim() ?? "";
 }
 
+/** Asks for a new password, which is typed twice because nobody sees it. */
+async function askNewPassword(screen: Screen): Promise<string | undefined> {
+  const password = await screen.askPassword("New password: ");
+  if (!password) return undefined;
+  const again = await screen.askPassword("Once more: ");
+  if (password === again) return password;
+  screen.notice("These are two passwords. Nothing was changed.");
+  return undefined;
+}
+
 /** Sends what is entered, until somebody wants to go: back to the menu, or home. */
-export async function sendMessages(screen: Screen, room: Room): Promise<"menu" | "end"> {
+export async function sendMessages(screen: Screen, room: Room): Promise<"menu" | "end" | "out"> {
   const waitForTurn = createPacer();
   for (;;) {
     const line = await screen.ask(SAY);
     if (!line) return "end";
     const { text, from } = line;
+    if (from === "room") return "out";
     const [word = "", ...rest] = text.trim().split(/\s+/);
     const command = from !== "paste" && text.startsWith("/") ? word.toLowerCase() : "";
 
@@ -1955,13 +2156,29 @@ export async function sendMessages(screen: Screen, room: Room): Promise<"menu" |
       continue;
     }
     if (word === "") continue;
+    if (command === "" && WITH_PASSWORD.test(text.trimStart()) && screen.isPerson) {
+      screen.notice(NOT_A_COMMAND);
+      continue;
+    }
+    const takesNew = command === "/register" || command === "/password";
+    if (takesNew && rest.length === 0 && screen.isPerson) {
+      await setPassword(screen, room, command);
+      continue;
+    }
 
-    screen.showOwn(text);
+    screen.showOwn(hidePassword(text));
     const sent = room.send(from === "paste" && text.startsWith("/") ? `/${text}` : text);
     if (!screen.isPerson) await sent; // a tool has time, a person types on
     if (command === "/help") screen.notice(HELP);
     if (from === "paste") await waitForTurn();
   }
+}
+
+/** Sends a command with a new password. */
+async function setPassword(screen: Screen, room: Room, command: string): Promise<void> {
+  const password = room.isSafe ? await askNewPassword(screen) : undefined;
+  if (!room.isSafe) screen.notice(UNSAFE);
+  else if (password) void room.send(`${command} ${password}`);
 }
 
 /** Returns a function that waits until one more pasted line may go. Rooms take them no faster. */
@@ -1990,7 +2207,7 @@ async function chat(screen: Screen, room: Room, givenName: string): Promise<numb
   let name = givenName || (await menu(screen));
   while (name) {
     screen.notice(`Joining the chat as ${name}...`);
-    const problem = await tryToJoin(room, name);
+    const problem = await tryToJoin(screen, room, name);
     if (problem) {
       screen.notice(problem.words);
       const another = problem.isRefusal ? await askName(screen) : "";
@@ -2013,13 +2230,35 @@ async function chat(screen: Screen, room: Room, givenName: string): Promise<numb
 }
 
 /** Joins. Resolves with what went wrong, if anything did. */
-async function tryToJoin(room: Room, name: string) {
+async function tryToJoin(screen: Screen, room: Room, name: string) {
   try {
-    const { refused } = await room.join(name);
+    const refused = await enter(screen, room, name);
     return refused === undefined ? null : { words: refused, isRefusal: true };
   } catch (error) {
     return { words: messageOf(error), isRefusal: false };
   }
+}
+
+/**
+ * Joins, with a password if the name has one. Resolves with the words of a refusal, if there is one.
+ * @throws when there is no connection to be had
+ */
+async function enter(screen: Screen, room: Room, name: string): Promise<string | undefined> {
+  if (/\s/.test(name)) return NO_BLANKS;
+  let { refused } = await room.join(name);
+
+  while (refused !== undefined && NEEDS_PASSWORD.test(refused)) {
+    if (!room.isSafe) return UNSAFE_NAME;
+    const password = await screen.askPassword(`Password for ${name}: `);
+    if (!password) return screen.isPerson ? refused : NO_PASSWORD;
+
+    const answer = await room.join(name, password);
+    refused = answer.refused;
+    if (refused === undefined || !NEEDS_PASSWORD.test(refused)) break;
+    if (!screen.isPerson) return WRONG_PASSWORD;
+    screen.notice(WRONG_PASSWORD);
+  }
+  return refused;
 }
 
 /** The way of a pipe. Resolves with the exit code. @throws when it cannot get into the room */
@@ -2027,11 +2266,12 @@ async function passOn(screen: Screen, room: Room, givenName: string): Promise<nu
   await room.join();
   const name = givenName || (await askName(screen));
   if (!name) throw new Error("A name is needed: the first line, or --name.");
-  const { refused } = await room.join(name);
+  const refused = await enter(screen, room, name);
   if (refused !== undefined) throw new Error(refused);
 
-  await sendMessages(screen, room);
-  const words = describe(await room.leave(), screen.isPerson);
+  const next = await sendMessages(screen, room);
+  const farewell = describe(await room.leave(), screen.isPerson);
+  const words = next === "out" ? farewell || SENT_AWAY : farewell;
   if (words) screen.notice(words);
   return words ? 1 : 0;
 }
@@ -2060,7 +2300,8 @@ ${COMMANDS.map(({ name, parameters, help }) => `  ${`${name} ${parameters}`.padE
   Up, Down        what you said before
   Enter           on an empty line: end the program, as do Ctrl+D and Ctrl+C
 
-In a pipe there is no menu, and without --name the first line is the name. NO_COLOR=1 is honoured.
+In a pipe there is no menu, and without --name the first line is the name. A registered name takes its
+password from CHAT_PASSWORD there. NO_COLOR=1 is honoured.
 
 Examples:
   bun client.ts --name Alex
