@@ -47,6 +47,7 @@ import {
   createFollower,
   createOutbox,
   cutRows,
+  hidePassword,
   PACE,
   receiveMessages,
   shortenRoster,
@@ -2337,6 +2338,7 @@ describe("the lines of the client", () => {
     ["[می‌خواهم] hi", { from: "می‌خواهم" }], // with a joiner
     ["* bob has joined the chat", { who: "bob", did: "joined" }],
     ["* bob has left the chat (too slow)", { who: "bob", did: "left" }],
+    ["* bob has left the chat (kicked by al: x)", { who: "bob", did: "left" }],
     ["* bob has entered the room", { who: "bob", did: "entered" }],
     ["* bob is now called Bill", { who: "bob", renamed: "Bill" }],
     ["* The room contains:", { roster: "" }],
@@ -2451,7 +2453,7 @@ describe("the editor", () => {
   const OFFERS = `
     b = Boris: |bill: |bob: |; BO = Boris: |bob: |; hi b = hi Boris |hi bill |hi bob |; x = ; //m = ; say /m = ;
     @b = @Boris |@bill |@bob |; hi @BI = hi @bill |; /msg  = /msg Boris |/msg bill |/msg bob |;
-    /m = /msg |; /I = /ignore |; / = /help |/who |/nick |/msg |/history |/ignore |/quit |`;
+    /m = /msg |; /I = /ignore |; /h = /help |/history |; /u = /unregister |; /q = /quit |`;
   test.each(rowsOf(OFFERS))("offers %s", (row) => {
     const [typed = "", offers = ""] = row.split(/ = ?/);
     expect(complete(typed, people)).toEqual(offers.split("|").slice(0, -1));
@@ -2486,6 +2488,9 @@ describe("a roster", () => {
   });
 });
 
+const BLANKS = "A name has no blanks. Its password is asked for.";
+const NO_PASSWORD =
+  "The name is registered: give its password in the environment, as CHAT_PASSWORD.";
 const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
 const MENU = `1. Join the chat
 q. Leave the chat
@@ -3479,8 +3484,9 @@ describe("the client as a follower", () => {
 
   test("shows a line when its mark has come, and what it alone is told at once", () => {
     const alice = arrived();
-    expect(alice.hear("[bob] one", "* bob is now called rob", "[rob] two")).toEqual([]);
-    expect(alice.hear("* 11")).toEqual(["[bob] one", "* bob is now called rob", "[rob] two"]);
+    const said = ["[bob] one", "* bob is now called rob", "[rob] two", "* The server says: hi"];
+    expect(alice.hear(...said)).toEqual([]);
+    expect(alice.hear("* 11")).toEqual(said);
     expect(alice.hear("[bob -> alice] psst")).toEqual(["[bob -> alice] psst"]);
     expect(alice.hear("[bob] a", "* 1 person is here: bob", "* 12")).toEqual([
       "[bob] a",
@@ -3973,6 +3979,241 @@ describe("nothing is missed", () => {
     void alex.room.send("hello");
     await bob.until("[Alex] hello");
     expect(await alex.room.leave()).toEqual({ unsent: 0, isComplete: true });
+  });
+});
+
+// --- 13. The client and passwords --------------------------------------------------------------
+
+const REGISTERED = "* The name Alex is registered. Enter it with its password: Alex PASSWORD";
+
+/** Starts a client whose connections seem to come from far away. */
+const distant = (port: number, ...args: string[]) =>
+  pacedClient(
+    { retry: 1 },
+    port,
+    args,
+    `const { connect } = Bun;
+     Bun.connect = (options) => {
+       const { open } = options.socket;
+       options.socket.open = (socket) => {
+         Object.defineProperty(socket, "remoteAddress", { value: "203.0.113.7" });
+         open(socket);
+       };
+       return connect(options);
+     }`,
+  );
+
+describe("the client and passwords", () => {
+  const HIDDEN = `/register x = /register *; /password a b = /password ***; /nick bob x = /nick bob *;
+    /NICK  bob  x y = /NICK  bob ****; /nick bob = /nick bob; /register = /register;
+    /registers x = /registers x; //register x = //register x; hi = hi`;
+  test.each(rowsOf(HIDDEN))("are not seen in a command: %s", (row) => {
+    const [typed = "", shown] = row.split(" = ");
+    expect(hidePassword(typed)).toBe(shown ?? "");
+  });
+
+  test("are asked for, unseen, until one is right, and kept for the next connection", async () => {
+    const server = budgetChat({ refusals: [REGISTERED, REGISTERED] });
+    const alex = inTerminal(hastyClient(server.port));
+    await alex.press("1\rAlex\r", "Password for Alex: |");
+    await alex.press("wrong!\x1b[A\t\r", "The password is wrong.\nPassword for Alex: |");
+    expect(server.heard.text).toBe("refused: Alex\nclosed \nrefused: Alex wrong!\nclosed \n");
+    await alex.press(`${paste(" s3cret!")}x\x7f\r`, "* The room contains: bob, carol\nYou: |");
+    server.drop();
+    await server.heard.until("closed Alex  s3cret!\njoined: Alex  s3cret!\n");
+    alex.type("\x1b[A\x1b[Aback\r\x04");
+    await server.heard.until(": back\n");
+    await alex.ends(0);
+    expect(alex.out.text).not.toMatch(/wrong!|s3cret/);
+  });
+
+  test("may be refused to be typed: then another name is asked for", async () => {
+    const server = budgetChat({ refusals: [REGISTERED] });
+    const alex = inTerminal(client(server.port, "--name", "Alex"));
+    await alex.shows("Password for Alex: |");
+    await alex.press("\r", `${REGISTERED}\nEnter your username: |`);
+    await alex.press("a b\r", `Enter your username: a b\n${BLANKS}\nEnter your username: |`);
+    alex.type("Sam\r");
+    await server.heard.until("joined: Sam\n");
+  });
+
+  test.each(["\x03", "\x04"])("the question for one is no trap: %j", async (key) => {
+    const server = budgetChat({ refusals: [REGISTERED] });
+    const alex = inTerminal(client(server.port, "--name", "Alex"));
+    await alex.shows("Password for Alex: |");
+    alex.type(`half${key}`);
+    if (key === "\x04") alex.type(`${"\x7f".repeat(4)}${key}`);
+    await alex.ends(0);
+    expect(alex.out.text).not.toContain("half");
+  });
+
+  test("new ones are asked for twice, and are neither shown nor brought back by Up", async () => {
+    const { alex, server } = await joined();
+    await alex.press("/register\r", "New password: |");
+    await alex.press("s3cret!!\r", "Once more: |");
+    alex.type("s3cret!!\r");
+    await server.heard.until("Alex: /register s3cret!!\n");
+    await alex.press("/password\r", "New password: |");
+    await alex.press("one\r", "Once more: |");
+    await alex.press("two\r", "These are two passwords. Nothing was changed.\nYou: |");
+    await alex.press("/password typed!!", "You: /password *******|");
+    alex.type("\r");
+    await server.heard.until("Alex: /password typed!!\n");
+    await alex.press("\x1b[A", "You: /password|");
+    expect(alex.out.text).not.toMatch(/s3cret|typed!/);
+  });
+
+  test("that were typed before they were asked for are not said", async () => {
+    const { alex, server } = await joined();
+    await alex.press("/register\rs3cret!!\rs3c", "1 line was not sent.\nNew password: |");
+    await alex.press("\r", "New password:\nYou: |");
+    alex.type("hi\r");
+    await server.heard.until("Alex: hi\n");
+    expect(server.heard.text).toBe("joined: Alex\nAlex: hi\n");
+  });
+
+  test("that were pasted or stand behind a blank are not sent as a message", async () => {
+    const { alex, server } = await joined();
+    const refused = "That was not sent, because it may hold a password.";
+    await alex.prints(`${paste("/register s3cret!!")}\r`, refused);
+    await alex.prints(" /password s3cret!!\r", refused);
+    await alex.prints("//register said\r", "You: //register said\r\n");
+    await server.heard.until("Alex: //register said\n");
+    expect(server.heard.text).not.toContain("s3cret");
+  });
+
+  test("are sent only where nobody can read them", async () => {
+    const server = budgetChat({ refusals: [REGISTERED] });
+    const alex = inTerminal(distant(server.port, "--name", "Alex"));
+    await alex.out.until("and passwords are sent only under TLS, or to this");
+    await alex.shows("Enter your username: |");
+    await alex.press("Sam\r", "* The room contains: bob, carol\nYou: |");
+    await alex.prints("/register s3cret!!\r", "Passwords are sent only under TLS");
+    await alex.prints("/password\r", "Passwords are sent only under TLS");
+    alex.type("hi\r");
+    await server.heard.until("Sam: hi\n");
+    expect(server.heard.text).toBe("refused: Alex\nclosed \njoined: Sam\nSam: hi\n");
+
+    const pipe = inPipe(distant(server.port, "--name", "Alex"));
+    pipe.end("/register s3cret!!\nhi\n");
+    const err = expect.stringContaining("Passwords are sent only under TLS");
+    expect(await pipe.result()).toMatchObject({ code: 1, err });
+    expect(server.heard.text).not.toContain("s3cret");
+  });
+
+  test.each([
+    ["is taken from the environment", "s3cret!!", [REGISTERED], 0, ""],
+    ["is wrong", "s3cret!!", [REGISTERED, REGISTERED], 1, "The password is wrong.\n"],
+    ["is missing", "", [REGISTERED], 1, `${NO_PASSWORD}\n`],
+    ["is not needed", "s3cret!!", [], 0, ""],
+  ])("in a pipe one %s", async (_, password, refusals, code, err) => {
+    const server = budgetChat({ refusals });
+    const script = `CHAT_PASSWORD='${password}' exec "$0" "$@"`;
+    const alex = inPipe(["bash", "-c", script, ...client(server.port)]);
+    alex.end("Alex\nhi\n");
+    expect(await alex.result()).toMatchObject({ code, err });
+    const first = refusals.length > 0 ? "refused: Alex\n" : "joined: Alex\n";
+    expect(server.heard.text).toStartWith(first);
+    expect(server.heard.text.includes(": hi\n")).toBe(code === 0);
+    expect(server.heard.text.includes("s3cret!!")).toBe(password !== "" && refusals.length > 0);
+  });
+
+  test.each([
+    ["registers a name", "/register first try", ""],
+    ["changes a password", "/password first try", "/register forgotten\n"],
+    ["takes a name", "/nick Alex first try", ""],
+  ])("whoever %s comes back with it after a crash of the server", async (_, command, before) => {
+    const file = newFile();
+    const server = await serve("--db", file);
+    if (command.startsWith("/nick")) {
+      const owner = await enter(server, "Alex");
+      owner.send("/register first try\n/quit\n");
+      await owner.rest();
+    }
+    const { room, notices, shown } = inProcess(server.port);
+    await room.join(command.startsWith("/nick") ? "Sam" : "Alex");
+    for (const line of rowsOf(before)) if (line) void room.send(line);
+    void room.send(command);
+    await shown.until(/registered now|changed\.|now called Alex/);
+    if (before) await shown.until("is changed.");
+
+    server.child.kill("SIGKILL");
+    await server.child.exited;
+    const again = await serve("--db", file, "--port", `${server.port}`);
+    await notices.until("Connection lost.");
+    const friend = await enter(again, "friend");
+    void room.send("I am back");
+    await friend.until("[Alex] I am back");
+
+    const stranger = await greeted(again);
+    stranger.send("Alex\n");
+    expect(await stranger.line()).toBe(REGISTERED);
+  });
+});
+
+describe("a client that is shown out", () => {
+  const DOUBT = "The last lines may be lost."; // of a server that confirms nothing
+  const ELSEWHERE = "* You have come in from elsewhere.";
+
+  test.each([
+    ELSEWHERE,
+    "* You were kicked by bob: too loud",
+    "* You were banned by bob for 60 minutes",
+  ])("says so, and does not come back by itself: %s", async (words) => {
+    const { alex, server } = await joined({ pace: { retry: 1 } });
+    server.say(words);
+    await alex.out.until(words);
+    server.drop();
+    await alex.shows(`${words}\nConnection closed.\n${MENU}|`);
+    alex.type("1\rAlex\rback\r");
+    await server.heard.until("joined: Alex\nAlex: back\n");
+    expect(server.guests).toHaveLength(2);
+  });
+
+  test("is told how many of its lines were not sent", async () => {
+    const { alex, server } = await joined({ pace: { pasted: 1000 } });
+    alex.type(paste(`${toText(numbered(30)).trimEnd()}\r`));
+    await server.heard.until("Alex: line 19\n");
+    server.say(ELSEWHERE);
+    await alex.out.until(ELSEWHERE);
+    server.drop();
+    await alex.shows(`10 lines were not sent.\n${DOUBT}\nConnection closed.\n${MENU}|`);
+  });
+
+  test("in a pipe ends at once, with exit code 1", async () => {
+    const { alex, server } = inPipeWith();
+    await server.heard.until("joined: Alex\n");
+    server.say(ELSEWHERE);
+    await alex.out.until(ELSEWHERE);
+    server.drop();
+    const err = "The server did not let us stay, and what came behind was not sent.\n";
+    expect(await alex.result()).toMatchObject({ code: 1, err });
+    expect(server.guests).toHaveLength(1);
+  });
+
+  test("by the same client elsewhere, which then is the only one", async () => {
+    const server = open({ db: newFile() });
+    const first = inProcess(server.port);
+    await first.room.join("Alex");
+    void first.room.send("/register s3cret!!");
+    await first.shown.until("registered now");
+
+    const second = inProcess(server.port);
+    expect(await second.room.join("Alex")).toEqual({ refused: REGISTERED });
+    expect(await second.room.join("Alex", "s3cret!!")).toEqual({});
+    await first.shown.until(ELSEWHERE);
+    void second.room.send("hello");
+    const friend = await enter(server, "friend");
+    void second.room.send("friend");
+    await friend.until("[Alex] friend");
+    expect(first.notices.text).toBe("");
+  });
+
+  test("loses its name to somebody who registers it meanwhile, and says so", async () => {
+    const { alex, server } = await joined({ pace: { retry: 1, doubt: 50 } });
+    server.refusals.push(REGISTERED);
+    server.drop();
+    await alex.shows(`${REGISTERED}\nConnection closed.\n${MENU}|`);
   });
 });
 

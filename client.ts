@@ -397,6 +397,11 @@ export function shortenRoster(entry: Entry, columns: number): string {
 /** Neighbours that all joined, or all left, are one line. Only the first of them are kept. */
 type Crowd = { did: string; names: string[]; count: number; first: Entry };
 
+/** Whether an entry may be told together with others. One with a reason stands alone. */
+function isCrowded({ did, text }: Entry): boolean {
+  return did !== undefined && !text.endsWith(")");
+}
+
 function minuteOf({ at = Date.now() }: Entry): number {
   return Math.floor(at / 60_000);
 }
@@ -580,7 +585,7 @@ const SINCE = /^\* Since (\d{1,16}) until (\d{1,16})$/;
 const MARK = /^\* (\d{1,16})$/;
 const RECALLED = /^\* (\d{16}) (\[.*)/s; // a line of the history, with its position
 const ANSWERED = "* Answered"; // after the answer to each command
-const SHUTDOWN = "* The server is shutting down";
+const SERVER_SAYS = /^\* The server (?:says: |is shutting down$)/; // to everybody
 
 const RECALL_END: Entry = { text: "* ---" };
 const GAP: Entry = { text: "* Some lines are missing here." };
@@ -611,7 +616,7 @@ function classifyFollowed(line: string): Entry {
 
 /** Whether only we are told a line. It has no mark, and does not come again. */
 function isTold({ from, to, did, renamed, text, isRecalled }: Entry): boolean {
-  const isHeard = (from && !to) || did || renamed || text === SHUTDOWN;
+  const isHeard = (from && !to) || did || renamed || SERVER_SAYS.test(text);
   return !isHeard || isRecalled === true;
 }
 
@@ -1754,7 +1759,7 @@ function createView(display: Display, bell: string) {
           followRename(entry);
         }
         if (!isShown(entry)) continue;
-        if (entry.did) lines += joinCrowd(entry);
+        if (isCrowded(entry)) lines += joinCrowd(entry);
         else lines += takeCrowd() + layOutEntry(entry, reader, columns, bell);
       }
       if (lines) display.print(lines);
@@ -1870,6 +1875,17 @@ function createKeyboard(display: Display, view: View) {
     else enter(line);
   }
 
+  /** Lines that nobody has asked for. */
+  function countWaiting(): number {
+    return entered.filter(({ text }) => text.trim()).length;
+  }
+
+  function dropEntered(): void {
+    const unsent = countWaiting();
+    entered.length = 0;
+    if (unsent > 0) view.notice(`${linesWere(unsent)} not sent.`);
+  }
+
   /** Ends the question for a password. */
   function answerPassword(typed?: string): void {
     if (!password) return;
@@ -1965,9 +1981,14 @@ function createKeyboard(display: Display, view: View) {
       return line;
     },
 
-    /** Resolves with what is typed next, unseen; undefined at the end of input. */
+    /**
+     * Resolves with what is typed next, unseen; undefined at the end of input. What was typed before may
+     * have been the password already, so it must not be taken for a message.
+     */
     async askPassword(asked: string): Promise<string | undefined> {
       if (input === "ended") return undefined;
+      dropEntered();
+      lineEditor.enter(false);
       const { promise, resolve } = Promise.withResolvers<string | undefined>();
       password = { editor: createEditor(() => []), answer: resolve };
       question = asked;
@@ -1977,16 +1998,14 @@ function createKeyboard(display: Display, view: View) {
 
     /** We were shown out: what waits cannot be sent any more. */
     showOut(): void {
-      const unsent = entered.filter(({ text }) => text.trim()).length;
-      entered.length = 0;
-      if (unsent > 0) view.notice(`${linesWere(unsent)} not sent.`);
+      dropEntered();
       answerPassword();
       enter(OUT);
+      scheduleDraw();
     },
 
-    /** Lines that nobody has asked for. */
     get waiting() {
-      return entered.filter(({ text }) => text.trim()).length;
+      return countWaiting();
     },
 
     close(): void {
@@ -2086,7 +2105,7 @@ async function* readPipe(): AsyncGenerator<string, void> {
 const MENU = "1. Join the chat\nq. Leave the chat\n2. Exit the program";
 const WHO = "Enter your username: ";
 const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at once.";
-const NO_BLANKS = "A name has no blanks. Its password is asked for, or taken from CHAT_PASSWORD.";
+const NO_BLANKS = "A name has no blanks. Its password is asked for.";
 const UNSAFE_NAME =
   "The name is registered, and passwords are sent only under TLS, or to this machine.";
 const NO_PASSWORD =
@@ -2123,8 +2142,13 @@ export async function menu(screen: Screen): Promise<string> {
 }
 
 async function askName(screen: Screen): Promise<string> {
-  const line = await screen.ask(WHO);
-  return line?.text.trim() ?? "";
+  for (;;) {
+    const line = await screen.ask(WHO);
+    const name = line?.text.trim() ?? "";
+    if (!/\s/.test(name)) return name;
+    if (!screen.isPerson) throw new Error(NO_BLANKS);
+    screen.notice(NO_BLANKS);
+  }
 }
 
 /** Asks for a new password, which is typed twice because nobody sees it. */
@@ -2244,7 +2268,6 @@ async function tryToJoin(screen: Screen, room: Room, name: string) {
  * @throws when there is no connection to be had
  */
 async function enter(screen: Screen, room: Room, name: string): Promise<string | undefined> {
-  if (/\s/.test(name)) return NO_BLANKS;
   let { refused } = await room.join(name);
 
   while (refused !== undefined && NEEDS_PASSWORD.test(refused)) {
@@ -2300,8 +2323,8 @@ ${COMMANDS.map(({ name, parameters, help }) => `  ${`${name} ${parameters}`.padE
   Up, Down        what you said before
   Enter           on an empty line: end the program, as do Ctrl+D and Ctrl+C
 
-In a pipe there is no menu, and without --name the first line is the name. A registered name takes its
-password from CHAT_PASSWORD there. NO_COLOR=1 is honoured.
+In a pipe there is no menu, and without --name the first line is the name. There, the password of a
+registered name is taken from CHAT_PASSWORD. NO_COLOR=1 is honoured.
 
 Examples:
   bun client.ts --name Alex
@@ -2370,7 +2393,9 @@ function readOptions() {
     }
 
     const trust = ca === undefined ? (tls ?? false) : { ca: readAuthority(ca) };
-    const { host = DEFAULTS.host, name = "", bell } = options;
+    const { host = DEFAULTS.host, bell } = options;
+    const name = options.name?.trim() ?? "";
+    if (/\s/.test(name)) throw new TypeError("--name takes a name without blanks");
     return {
       host,
       port: readNumber("port", port, 1, 65_535) ?? DEFAULTS.port,
