@@ -2922,10 +2922,13 @@ describe("the display", () => {
     server.say("* a has joined the chat", "* b has joined the chat");
     server.say(...Array.from("abcde", (name) => `* ${name} has left the chat`));
     server.say("* f has left the chat (too slow)", "* g has entered the room", "[bob] hi");
+    server.say("* x has left the chat", "* y has left the chat (kicked by bob: x)");
     server.say("* h has joined the chat");
-    await alex.out.until("[bob] hi\r\n");
+    await alex.out.until("kicked");
     const left = "* a and b have joined\n* a, b and 4 others have left\n* g has entered the room\n";
-    await alex.press("well\r", `${left}[bob] hi\n* h has joined the chat\nYou: well\nYou: |`);
+    const kicked = "* x has left the chat\n* y has left the chat (kicked by bob: x)\n";
+    const wanted = `${left}[bob] hi\n${kicked}* h has joined the chat\n`;
+    await alex.press("well\r", `${wanted}You: well\nYou: |`);
   });
 
   test("lets no byte of a stranger's server reach the terminal as a control", async () => {

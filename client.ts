@@ -397,9 +397,9 @@ export function shortenRoster(entry: Entry, columns: number): string {
 /** Neighbours that all joined, or all left, are one line. Only the first of them are kept. */
 type Crowd = { did: string; names: string[]; count: number; first: Entry };
 
-/** Whether an entry may be told together with others. One with a reason stands alone. */
+/** Whether an entry may be told together with others. How somebody was shown out stands alone. */
 function isCrowded({ did, text }: Entry): boolean {
-  return did !== undefined && !text.endsWith(")");
+  return did !== undefined && !/ \((?:kicked|banned) by /.test(text);
 }
 
 function minuteOf({ at = Date.now() }: Entry): number {
