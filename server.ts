@@ -107,10 +107,10 @@ const BATCH_OVERHEAD = 512; // bytes that a batch counts besides its text
 // Registered names.
 const MIN_PASSWORD = 8; // characters
 const MAX_PASSWORD = 256;
-const MAX_GUESSES = 10; // passwords that one address may try at once
-const GUESS_AGAIN = 3; // s until it may try one more
-const REGISTER_BURST = 40 * 60_000; // ms' worth of names that one address may register at once: five
-const REGISTER_RATE = 1 / 600; // names a second
+const GUESS_PRICE = 3; // s of credit of an address that a look at a password costs
+const MAX_GUESS_CREDIT = 10 * GUESS_PRICE; // so ten at once
+const REGISTER_RATE = 1 / 600; // names a second that one address may register
+const REGISTER_BURST = 40 * 60_000; // ms' worth of them in advance: four, beside the next one
 
 // Operators.
 const DEFAULT_BAN = 60; // minutes
@@ -153,7 +153,7 @@ export type ServerOptions = {
   maxClients: number; // connections at a time
   maxPerAddress?: number | undefined; // and from one address; 64, or no limit on loopback
   tls?: Bun.TLSOptions | false; // certificate and key; without them the room is not encrypted
-  db?: string | undefined; // file of the history; without it, it is in memory
+  db?: string | undefined; // file of the history and the accounts; without it, a history in memory
   keep: number; // days until what was said is forgotten; 0 for never
   operators: readonly string[]; // registered names whose owners may show people out
   log?: ((event: string) => void) | undefined; // hears of arrivals, messages and departures
@@ -297,7 +297,7 @@ class Address {
   connections = 0;
   arrivals = MAX_ARRIVALS; // connections that may be greeted at once
   waiting = new Set<Client>(); // connections that are not greeted yet, the first one first
-  guesses = MAX_GUESSES; // passwords that may be tried at once
+  guessCredit = MAX_GUESS_CREDIT; // s
   registrations: Account = { paidUntil: -Infinity };
   paidUntil = -Infinity; // ms; see `Account`
 
@@ -381,11 +381,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     throw error;
   }
   const sweeper = setInterval(sweep, 1000, server);
-  for (const name of settings.operators)
-    if (lookUp(server, name).is === "free")
-      settings.log?.(
-        `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
-      );
+  logMissingOperators(server);
   let stopped: Promise<void> | undefined;
 
   return {
@@ -615,10 +611,14 @@ function nameForms(name: string): [spelling: string, looks: string, capitals: st
   return [foldName(name), lookOf(name), lookOf(name.toUpperCase())];
 }
 
-/** The same as keys of one map. */
+/** The same three, as keys of `room.owners`: the sign tells which is which. */
 function nameKeys(name: string): string[] {
-  const [spelling, looks, capitals] = nameForms(name);
-  return [`= ${spelling}`, `~ ${looks}`, `^ ${capitals}`];
+  const [, looks, capitals] = nameForms(name);
+  return [spellingKey(name), `~ ${looks}`, `^ ${capitals}`];
+}
+
+function isSameName(a: string, b: string): boolean {
+  return foldName(a) === foldName(b);
 }
 
 // --- The room and its events -------------------------------------------------------------------
@@ -655,7 +655,7 @@ export function apply(room: Room, event: RoomEvent): Outcome {
 
     case "nick": {
       const wanted = createPerson(event.name);
-      const refused = refusePerson(room, event.clientId, wanted);
+      const refused = checkPerson(room, event.clientId, wanted);
       if (refused) return { refused };
 
       releaseKeys(room, person);
@@ -678,7 +678,7 @@ export function apply(room: Room, event: RoomEvent): Outcome {
 
 function applyJoin(room: Room, event: { clientId: number; name: string }): Outcome {
   const newcomer = createPerson(event.name);
-  const refused = refusePerson(room, event.clientId, newcomer);
+  const refused = checkPerson(room, event.clientId, newcomer);
   if (refused) return { refused };
 
   addPerson(room, event.clientId, newcomer);
@@ -707,7 +707,7 @@ function releaseKeys(room: Room, person: Person): void {
 }
 
 /** Why a client cannot be called so, or null if it can. */
-function refusePerson(room: Room, clientId: number, { name, keys }: Person): string | null {
+function checkPerson(room: Room, clientId: number, { name, keys }: Person): string | null {
   if (!isName(name)) return NAME_RULE;
   const letters = name.replace(JOINERS, "");
   if (!ONE_SCRIPT.test(letters) || TOO_MANY_MARKS.test(letters)) return SCRIPT_RULE;
@@ -748,7 +748,7 @@ export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
 
   const { tls, log } = server.options;
   client.endpoint = formatEndpoint(host, socket.remotePort);
-  client.isLocal = isLoopback(toIpv4(host));
+  client.isLocal = isLoopback(toIpv4(host)) || host === socket.localAddress;
   log?.(`New connection from ${client.endpoint}`);
   server.connections.set(client.id, client);
   socket.setKeepAlive(true, KEEPALIVE);
@@ -841,7 +841,7 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
 
 /**
  * A newcomer whose name is refused has to go: the next line of a bot would be taken for a name. The log
- * does not have what it gave, which may be a password.
+ * gets the reason, not the line that was sent: that may hold a password.
  */
 function refuse(
   server: Server,
@@ -1028,7 +1028,7 @@ function serve(server: Server, client: Client, work: () => void): void {
   }
 }
 
-/** Looks once a second for clients that take too long, and for addresses that must wait. */
+/** Once a second: forgets, gives back credit, ends bans, and looks for clients that take too long. */
 function sweep(server: Server): void {
   forgetOld(server);
   for (const address of server.addresses.values()) sweepAddress(server, address);
@@ -1605,16 +1605,17 @@ function dropGreediest(server: Server): void {
 
 // --- Commands ----------------------------------------------------------------------------------
 
-type Command = {
+/** A command, and what runs it for its caller, a client or an operator. */
+type Command<Caller> = {
   name: string;
   parameters: string;
   help: string;
-  /** `rest` is what follows the name and a blank; without the blanks around it, unless blanks count. */
-  run(server: Server, client: Client, rest: string): void;
-  blanksCount?: true;
+  /** `rest` is what follows the name, without the blanks around it. */
+  run(server: Server, caller: Caller, rest: string): void;
+  takesPassword?: true; // then `rest` is all that follows the first blank, with its blanks
 };
 
-const COMMANDS: readonly Command[] = [
+const COMMANDS: readonly Command<Client>[] = [
   { name: "/help", parameters: "", help: "shows this list", run: sendHelp },
   { name: "/who", parameters: "", help: "says who is here", run: sendNames },
   {
@@ -1622,7 +1623,7 @@ const COMMANDS: readonly Command[] = [
     parameters: "NAME",
     help: "gives you another name (/nick NAME PASSWORD, if it is registered)",
     run: changeName,
-    blanksCount: true,
+    takesPassword: true,
   },
   {
     name: "/msg",
@@ -1635,14 +1636,14 @@ const COMMANDS: readonly Command[] = [
     parameters: "PASSWORD",
     help: "makes your name your own",
     run: register,
-    blanksCount: true,
+    takesPassword: true,
   },
   {
     name: "/password",
     parameters: "NEW",
     help: "changes its password",
     run: changePassword,
-    blanksCount: true,
+    takesPassword: true,
   },
   { name: "/unregister", parameters: "", help: "gives the name up", run: unregister },
   {
@@ -1660,19 +1661,24 @@ const COMMANDS: readonly Command[] = [
   { name: "/quit", parameters: "", help: "leaves the room", run: quit },
 ];
 
+function findCommand<Caller>(commands: readonly Command<Caller>[], word: string) {
+  const name = word.toLowerCase();
+  return commands.find((command) => command.name === name);
+}
+
 function runCommand(server: Server, client: Client, line: string): void {
   const { word, rest } = splitWord(line);
-  const isWanted = ({ name }: { name: string }) => name === word.toLowerCase();
-
-  const command = COMMANDS.find(isWanted);
-  const forOperators = isOperator(server, client) ? OPERATOR_COMMANDS.find(isWanted) : undefined;
+  const command = findCommand(COMMANDS, word);
   if (command) {
-    command.run(server, client, command.blanksCount ? line.slice(word.length + 1) : rest);
-  } else if (forOperators) {
-    forOperators.run(server, operatorOf(server, client), rest);
-  } else {
-    answer(server, client, `* Unknown command ${word}. Try /help.`);
+    command.run(server, client, command.takesPassword ? line.slice(word.length + 1) : rest);
+    return;
   }
+
+  const forOperators = isOperator(server, client)
+    ? findCommand(OPERATOR_COMMANDS, word)
+    : undefined;
+  if (forOperators) forOperators.run(server, operatorOf(server, client), rest);
+  else answer(server, client, `* Unknown command ${word}. Try /help.`);
 }
 
 /** Tells a client what it has asked for, which costs by its size. */
@@ -1711,7 +1717,7 @@ function listPeople({ directory }: Server): string {
 function changeName(server: Server, client: Client, rest: string): void {
   const { name, password } = splitLogin(rest.trimStart());
   if (name === "") answer(server, client, "* Say it like this: /nick NAME");
-  else proposeName(server, client, "nick", { name: name.trim(), password });
+  else proposeName(server, client, "nick", { name: name.trim(), password }); // blanks may follow
 }
 
 /** A private message is for two, and therefore neither an event of the room nor in the log. */
@@ -1756,11 +1762,11 @@ function quit(server: Server, client: Client): void {
 
 // --- Registered names --------------------------------------------------------------------------
 // With --db, people can make a name their own: an account is a name and a hash of its password. Nobody
-// else gets that name, or one that looks like it. So whoever is in the room under a registered name has
+// else gets that name, or one that looks like it. So a person in the room under a registered name has
 // proved its password, or has registered it there.
 //
-// A hash takes some 40 ms and 19 MB. Another thread makes it, one at a time, because they would starve
-// everything else that Bun does there. Meanwhile nothing is read from the client.
+// A hash takes some 40 ms and 19 MB. Hashes run on Bun's thread pool, one at a time: several would
+// starve the other work there. Meanwhile nothing is read from the client.
 
 type Accounts = ReturnType<typeof openAccounts>;
 
@@ -1771,14 +1777,20 @@ const NAMES_UNKNOWN = "* The registered names cannot be looked up now. Try again
 const IN_MEMORY_ONLY =
   "* This room forgets everything when it stops. One that keeps names is started like this: bun server.ts --db chat.sqlite";
 const UNSAFE =
-  "* Passwords are taken only under TLS, or on the machine of the server: others could read it on its way.";
+  "* Passwords are taken only under TLS, or on the machine of the server: others could read them on their way.";
 const PASSWORD_RULE = `* A password has ${MIN_PASSWORD} to ${MAX_PASSWORD} characters.`;
 
 // The end of the first line of an HTTP request (RFC 9112, section 3). No password ends so, or else a web
 // page could enter as somebody who is called GET.
 const REQUEST = / HTTP\/\d(?:\.\d)?$/;
 
-/** What is known of a name: anybody can have it, it has an owner, or it looks like one that has. */
+/**
+ * What is known of a name.
+ * - free: anybody can have it.
+ * - alike: it looks like a registered one.
+ * - unknown: the accounts cannot be read.
+ * - registered: it has an owner.
+ */
 type Standing = { is: "free" | "alike" | "unknown" } | { is: "registered"; hash: string };
 
 /** A name and, where one was given, its password. */
@@ -1825,10 +1837,12 @@ function lookUp(server: Server, typedName: string): Standing {
   const name = normalizeName(typedName);
   if (!server.accounts || !isName(name)) return { is: "free" };
   try {
-    const alike = server.accounts.findAlike(name);
-    const account = alike.find((account) => account.name === foldName(name));
-    if (account) return { is: "registered", hash: account.hash };
-    return { is: alike.length > 0 ? "alike" : "free" };
+    const accounts = server.accounts.findAlike(name);
+    const spelling = foldName(name);
+    if (accounts.some((account) => account.name !== spelling)) return { is: "alike" };
+
+    const [account] = accounts;
+    return account ? { is: "registered", hash: account.hash } : { is: "free" };
   } catch (error) {
     server.options.logError?.(`The registered names cannot be read: ${reasonOf(error)}.`);
     return { is: "unknown" };
@@ -1851,8 +1865,8 @@ function proposeName(
   const standing = lookUp(server, name);
 
   if (password === undefined) {
-    const why = refuseUnproved(server, client, event, standing);
-    if (why === null) takeName(server, client, event);
+    const why = checkUnproved(server, client, event, standing) ?? checkBan(server, client, event);
+    if (why === null) propose(server, client, event);
     else refuse(server, client, event, why);
   } else if (REQUEST.test(password)) {
     refuse(server, client, event, NAME_RULE);
@@ -1862,7 +1876,7 @@ function proposeName(
     proveName(server, client, event, standing.hash, password);
   } else {
     // What seems to be the name may be the password, so the log does not have it.
-    const why = refuseLogin(event, standing);
+    const why = explainUnregistered(event, standing);
     refuse(server, client, event, why, "it gave a password for a name that is not registered");
   }
 }
@@ -1870,18 +1884,18 @@ function proposeName(
 type NameEvent = { type: "join" | "nick"; clientId: number; name: string };
 
 /** Why a client cannot have a name without a password, or null if it can. */
-function refuseUnproved(
+function checkUnproved(
   server: Server,
   client: Client,
   event: NameEvent,
   standing: Standing,
 ): string | null {
   const name = normalizeName(event.name);
-  const isOwn = foldName(name) === foldName(nameOf(server.room, client.id));
+  const isOwn = isSameName(name, nameOf(server.room, client.id));
   switch (standing.is) {
     case "registered":
       if (isOwn) return null; // in other letters
-      return isSafe(server, client) ? askForPassword(event) : refuseUnsafe(name);
+      return isSafe(server, client) ? explainRegistered(event) : explainUnsafe(name);
     case "alike":
       return `* The name ${name} looks like one that is registered.`;
     case "unknown":
@@ -1892,11 +1906,11 @@ function refuseUnproved(
   }
 }
 
-function refuseUnsafe(name: string): string {
+function explainUnsafe(name: string): string {
   return `* The name ${name} is registered, and passwords are taken only under TLS, or on the machine of the server.`;
 }
 
-function askForPassword({ type, name: typedName }: NameEvent): string {
+function explainRegistered({ type, name: typedName }: NameEvent): string {
   const name = normalizeName(typedName);
   return type === "join"
     ? `* The name ${name} is registered. Enter it with its password: ${name} PASSWORD`
@@ -1904,7 +1918,7 @@ function askForPassword({ type, name: typedName }: NameEvent): string {
 }
 
 /** Why a name that came with a password cannot be had: it has none. */
-function refuseLogin({ type, name: typedName }: NameEvent, { is }: Standing): string {
+function explainUnregistered({ type, name: typedName }: NameEvent, { is }: Standing): string {
   const name = normalizeName(typedName);
   if (is === "unknown") return NAMES_UNKNOWN;
   if (!isName(name)) return NAME_RULE;
@@ -1920,45 +1934,38 @@ function proveName(
   hash: string,
   password: string,
 ): void {
-  if (client.phase === "naming") {
-    client.phase = "proving";
-    client.deadline = Infinity;
-  }
-
+  if (client.phase === "naming") client.phase = "proving";
   addTask(server, client, async () => {
     const typed = normalizePassword(password);
     const isRight = await isPasswordOf(typed, hash);
     const strongerHash = isRight && isWeak(hash) ? await hashPassword(typed) : null;
 
     return () => {
-      client.deadline = performance.now() + LOBBY_DEADLINE;
       const standing = lookUp(server, event.name);
       const isUnchanged = standing.is === "registered" && standing.hash === hash; // in the meantime
       if (!isRight || !isUnchanged) {
-        refuse(server, client, event, askForPassword(event));
+        refuse(server, client, event, explainRegistered(event));
         return;
       }
-      returnGuess(client);
+      addGuessCredit(client, GUESS_PRICE); // it was no guess
       if (strongerHash) changeAccounts(server, ({ change }) => change(event.name, strongerHash));
       takeOver(server, client, event);
     };
   });
 }
 
-/** Whoever has the name now has come in under the same password, and goes. */
+/** The name may be in use, by somebody with the same password: that connection ends. */
 function takeOver(server: Server, client: Client, event: NameEvent): void {
-  const other = findClient(server, event.name);
-  const isBanned = refuseBanned(server, client, event) !== null;
-  if (other && other !== client && !isBanned)
-    showOut(server, other, "* You have come in from elsewhere.", "came in from elsewhere");
-  takeName(server, client, event);
-}
+  const why = checkBan(server, client, event);
+  if (why !== null) {
+    refuse(server, client, event, why);
+    return;
+  }
 
-/** The client may have the name, as far as its password goes. */
-function takeName(server: Server, client: Client, event: NameEvent): void {
-  const why = refuseBanned(server, client, event);
-  if (why === null) propose(server, client, event);
-  else refuse(server, client, event, why);
+  const other = findClient(server, event.name);
+  if (other && other !== client)
+    showOut(server, other, "* You have come in from elsewhere.", "came in from elsewhere");
+  propose(server, client, event);
 }
 
 /** A hash that cannot be read fits no password. */
@@ -1984,8 +1991,8 @@ function register(server: Server, client: Client, typed: string): void {
   const name = nameOf(server.room, client.id);
   const password = normalizePassword(typed);
   const why =
-    refusePassword(server, client, password, "/register PASSWORD") ??
-    refuseRegistration(server, client, name);
+    checkPassword(server, client, password, "/register PASSWORD") ??
+    checkRegistration(server, client, name);
   if (why !== null) {
     answer(server, client, why);
     return;
@@ -1995,17 +2002,24 @@ function register(server: Server, client: Client, typed: string): void {
     const hash = await hashPassword(password);
     return () => {
       const problem = changeAccounts(server, ({ add }) => add(name, hash));
-      if (problem === null && client.address && sharesBudget(server))
+      if (problem !== null) {
+        answer(server, client, problem);
+        return;
+      }
+      if (client.address && sharesBudget(server))
         spend(client.address.registrations, 1, REGISTER_RATE, REGISTER_BURST);
-      if (problem === null) server.options.log?.(`The name ${name} has been registered.`);
-      const done = `* The name ${name} is registered now. Enter it with its password: ${name} PASSWORD`;
-      answer(server, client, problem ?? done);
+      server.options.log?.(`The name ${name} has been registered.`);
+      answer(server, client, explainNewAccount(name));
     };
   });
 }
 
+function explainNewAccount(name: string): string {
+  return `* The name ${name} is registered now. Enter it with its password: ${name} PASSWORD`;
+}
+
 /** Why a password cannot be taken, or null if it can. */
-function refusePassword(
+function checkPassword(
   server: Server,
   client: Client,
   password: string,
@@ -2020,7 +2034,7 @@ function refusePassword(
 }
 
 /** Why a client cannot register its name, or null if it can. */
-function refuseRegistration(server: Server, client: Client, name: string): string | null {
+function checkRegistration(server: Server, client: Client, name: string): string | null {
   const { is } = lookUp(server, name);
   if (is === "unknown") return NAMES_UNKNOWN;
   if (is === "alike") return `* The name ${name} looks like one that is registered.`;
@@ -2037,7 +2051,7 @@ function changePassword(server: Server, client: Client, typed: string): void {
   const name = nameOf(server.room, client.id);
   const password = normalizePassword(typed);
   const why =
-    refusePassword(server, client, password, "/password NEW") ?? refuseStranger(server, name);
+    checkPassword(server, client, password, "/password NEW") ?? checkRegistered(server, name);
   if (why !== null) {
     answer(server, client, why);
     return;
@@ -2053,7 +2067,7 @@ function changePassword(server: Server, client: Client, typed: string): void {
 }
 
 /** Why a name that should be registered cannot be dealt with, or null if it can. */
-function refuseStranger(server: Server, name: string): string | null {
+function checkRegistered(server: Server, name: string): string | null {
   if (!server.accounts) return IN_MEMORY_ONLY;
   const { is } = lookUp(server, name);
   if (is === "unknown") return NAMES_UNKNOWN;
@@ -2062,10 +2076,10 @@ function refuseStranger(server: Server, name: string): string | null {
 
 function unregister(server: Server, client: Client): void {
   const name = nameOf(server.room, client.id);
-  // Whoever came next under that name could register it, and would be an operator.
+  // The next person under that name could register it and become an operator.
   const why = isOperator(server, client)
     ? "* Operators keep their names, until the server is started without them."
-    : refuseStranger(server, name);
+    : checkRegistered(server, name);
   const problem = why ?? changeAccounts(server, ({ remove }) => remove(name));
   if (problem === null) server.options.log?.(`The name ${name} is not registered any more.`);
   answer(server, client, problem ?? `* The name ${name} is not registered any more.`);
@@ -2086,7 +2100,7 @@ function changeAccounts(server: Server, change: (accounts: Accounts) => void): s
   }
 }
 
-/** Has slow work done for a client, which waits for it. */
+/** Queues slow work for a client. Nothing is read from it until that is done. */
 function addTask(server: Server, client: Client, run: Task["run"]): void {
   client.task = { client, run };
   server.tasks.push(client.task);
@@ -2105,28 +2119,28 @@ async function doTasks(server: Server): Promise<void> {
   server.isHashing = false;
 }
 
-/** Takes the next task. Each is paid for by its address, and those that have paid least come first. */
+/** Takes the next task that its address can pay for. The address with most credit comes first. */
 function takeTask(server: Server): Task | undefined {
   server.tasks = server.tasks.filter(({ client }) => client.phase !== "closing");
 
-  let best: Task | undefined;
-  let most = 1 - Number.EPSILON; // a third three times is one, or a little less
+  let next: Task | undefined;
   for (const task of server.tasks) {
-    const { guesses = 0 } = task.client.address ?? {};
-    if (guesses < most || (best && guesses === most)) continue;
-    best = task;
-    most = guesses;
+    const isAffordable = creditOf(task) >= GUESS_PRICE;
+    if (isAffordable && (!next || creditOf(task) > creditOf(next))) next = task;
   }
-  if (!best) return undefined;
+  if (!next) return undefined;
 
-  server.tasks.splice(server.tasks.indexOf(best), 1);
-  if (best.client.address) best.client.address.guesses--;
-  return best;
+  server.tasks.splice(server.tasks.indexOf(next), 1);
+  addGuessCredit(next.client, -GUESS_PRICE);
+  return next;
 }
 
-/** Only what may be a guess is to be paid for. */
-function returnGuess({ address }: Client): void {
-  if (address) address.guesses = Math.min(MAX_GUESSES, address.guesses + 1);
+function creditOf({ client }: Task): number {
+  return client.address?.guessCredit ?? 0;
+}
+
+function addGuessCredit({ address }: Client, seconds: number): void {
+  if (address) address.guessCredit = Math.min(MAX_GUESS_CREDIT, address.guessCredit + seconds);
 }
 
 /** Does a task, and reads on from its client. An exception disconnects this client only. */
@@ -2151,14 +2165,7 @@ async function doTask(server: Server, { client, run }: Task): Promise<void> {
 /** Somebody who may show people out, and gets the answers. */
 type Operator = { name: string; answer(line: string): void };
 
-type OperatorCommand = {
-  name: string;
-  parameters: string;
-  help: string;
-  run(server: Server, operator: Operator, rest: string): void;
-};
-
-const OPERATOR_COMMANDS: readonly OperatorCommand[] = [
+const OPERATOR_COMMANDS: readonly Command<Operator>[] = [
   { name: "/kick", parameters: "NAME REASON", help: "shows somebody out", run: kick },
   {
     name: "/ban",
@@ -2170,12 +2177,22 @@ const OPERATOR_COMMANDS: readonly OperatorCommand[] = [
   { name: "/unban", parameters: "NAME", help: "lets somebody in again", run: unban },
 ];
 
-const CONSOLE_COMMANDS: readonly OperatorCommand[] = [
-  { name: "/help", parameters: "", help: "shows this list", run: helpOperator },
-  { name: "/who", parameters: "", help: "says who is here", run: listNames },
+const CONSOLE_COMMANDS: readonly Command<Operator>[] = [
+  { name: "/help", parameters: "", help: "shows this list", run: sendConsoleHelp },
+  { name: "/who", parameters: "", help: "says who is here", run: sendConsoleNames },
   ...OPERATOR_COMMANDS,
   { name: "/say", parameters: "TEXT", help: "says something to everybody", run: say },
 ];
+
+/** Says what is to be done for operators that have no account yet. */
+function logMissingOperators(server: Server): void {
+  for (const name of server.options.operators) {
+    if (lookUp(server, name).is !== "free") continue;
+    server.options.log?.(
+      `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
+    );
+  }
+}
 
 function isOperator(server: Server, client: Client): boolean {
   const name = nameOf(server.room, client.id);
@@ -2195,18 +2212,18 @@ function runConsoleCommand(server: Server, typed: string): string {
   const answers: string[] = [];
   const operator: Operator = { name: "the server", answer: (line) => answers.push(line) };
 
-  const command = CONSOLE_COMMANDS.find(({ name }) => name === word.toLowerCase());
+  const command = findCommand(CONSOLE_COMMANDS, word);
   if (command) command.run(server, operator, rest);
   else if (word.startsWith("/")) operator.answer(`* Unknown command ${word}. Try /help.`);
   else if (word) operator.answer("* What is typed here is a command. To talk, say /say TEXT.");
   return answers.join("\n");
 }
 
-function helpOperator(_: Server, operator: Operator): void {
+function sendConsoleHelp(_: Server, operator: Operator): void {
   operator.answer(CONSOLE_COMMANDS.map(describeCommand).join("\n"));
 }
 
-function listNames(server: Server, operator: Operator): void {
+function sendConsoleNames(server: Server, operator: Operator): void {
   operator.answer(listPeople(server).trimEnd());
 }
 
@@ -2243,58 +2260,63 @@ function kick(server: Server, operator: Operator, rest: string): void {
 
 function ban(server: Server, operator: Operator, rest: string): void {
   const { word: name, rest: typedMinutes } = splitWord(rest);
-  const minutes = /^\d{1,6}$/.test(typedMinutes) ? Number(typedMinutes) : 0;
-  const isMeant = typedMinutes === "" || (minutes > 0 && minutes <= MAX_BAN);
-  if (name === "" || !isMeant) {
+  const minutes = readMinutes(typedMinutes);
+  if (name === "" || minutes === null) {
     operator.answer(`* Say it like this: /ban NAME MINUTES, with 1 to ${MAX_BAN} minutes`);
     return;
   }
   const client = findNamed(server, operator, name);
-  if (client) banClient(server, operator, client, minutes || DEFAULT_BAN);
+  if (client) banClient(server, operator, client, minutes);
 }
 
-/** Bans the name and the address, unless that is this machine's, from where many may come. */
+/** The minutes of a ban, or null if they make no sense. */
+function readMinutes(typed: string): number | null {
+  if (typed === "") return DEFAULT_BAN;
+  const minutes = /^\d{1,6}$/.test(typed) ? Number(typed) : 0;
+  return minutes >= 1 && minutes <= MAX_BAN ? minutes : null;
+}
+
+/** Bans a name and its address. The address of this machine is never banned: many may share it. */
 function banClient(server: Server, operator: Operator, client: Client, minutes: number): void {
   const { name = "", keys = [] } = server.room.people.get(client.id) ?? {};
   const address = client.isLocal ? "" : (client.address?.key ?? "");
   const until = performance.now() + minutes * 60_000;
-  server.bans = server.bans.filter((ban) => ban.keys[0] !== keys[0]);
+  server.bans = server.bans.filter((ban) => !isSameName(ban.name, name));
   server.bans.push({ name, keys, address, until });
 
-  const how = `banned by ${operator.name} for ${countMinutes(minutes)}`;
+  const how = `banned by ${operator.name} for ${formatMinutes(minutes)}`;
   showOut(server, client, `* You were ${how}`, how);
 }
 
-function countMinutes(minutes: number): string {
+function formatMinutes(minutes: number): string {
   return minutes === 1 ? "1 minute" : `${minutes} minutes`;
 }
 
 /** How long a ban still lasts. */
-function timeLeft({ until }: Ban): string {
-  return countMinutes(Math.max(1, Math.ceil((until - performance.now()) / 60_000)));
+function formatTimeLeft({ until }: Ban): string {
+  return formatMinutes(Math.max(1, Math.ceil((until - performance.now()) / 60_000)));
 }
 
 function listBans(server: Server, operator: Operator): void {
   const bans = server.bans.map((ban) => {
     const address = ban.address && `from ${ban.address} `;
-    return `* ${ban.name} ${address}is banned for another ${timeLeft(ban)}`;
+    return `* ${ban.name} ${address}is banned for another ${formatTimeLeft(ban)}`;
   });
   operator.answer(bans.join("\n") || "* Nobody is banned.");
 }
 
 function unban(server: Server, operator: Operator, name: string): void {
-  const key = spellingKey(normalizeName(name));
-  const ban = server.bans.find(({ keys }) => keys[0] === key);
+  const ban = server.bans.find((ban) => isSameName(ban.name, normalizeName(name)));
   if (!ban) {
     operator.answer(name ? `* ${name} is not banned.` : "* Say it like this: /unban NAME");
     return;
   }
   server.bans = server.bans.filter((other) => other !== ban);
-  announce(server, `${operator.name} lets ${ban.name} come back.`);
+  announce(server, `${ban.name} is not banned any more (unbanned by ${operator.name}).`);
 }
 
 /** Why a client cannot have a name for now, or null. Operators come in from every address. */
-function refuseBanned(server: Server, client: Client, event: NameEvent): string | null {
+function checkBan(server: Server, client: Client, event: NameEvent): string | null {
   if (server.bans.length === 0) return null;
   const { name, keys } = createPerson(event.name);
   const mayPass = event.type === "nick" || server.operators.has(foldName(name));
@@ -2304,8 +2326,9 @@ function refuseBanned(server: Server, client: Client, event: NameEvent): string 
     return ban.address === address || ban.keys.some((key) => keys.includes(key));
   });
   if (!ban) return null;
-  if (event.type === "nick") return `* The name ${name} is banned for another ${timeLeft(ban)}.`;
-  return `* You are banned for another ${timeLeft(ban)}.`;
+  if (event.type === "nick")
+    return `* The name ${name} is banned for another ${formatTimeLeft(ban)}.`;
+  return `* You are banned for another ${formatTimeLeft(ban)}.`;
 }
 
 // --- The history -------------------------------------------------------------------------------
@@ -2937,9 +2960,9 @@ function waitForArrival(client: Client): void {
   pause(client);
 }
 
-/** Once a second: greets one that waits, or gives back some credit, or forgets an idle address. */
+/** Once a second: gives back credit, greets one that waits, or forgets an idle address. */
 function sweepAddress(server: Server, address: Address): void {
-  address.guesses = Math.min(MAX_GUESSES, address.guesses + 1 / GUESS_AGAIN);
+  address.guessCredit = Math.min(MAX_GUESS_CREDIT, address.guessCredit + 1);
 
   const [next] = address.waiting;
   if (next) {
@@ -2955,10 +2978,10 @@ function sweepAddress(server: Server, address: Address): void {
 }
 
 /** Whether nothing has to be remembered of an address. */
-function hasAllCredit({ connections, guesses, registrations, paidUntil }: Address): boolean {
+function hasAllCredit({ connections, guessCredit, registrations, paidUntil }: Address): boolean {
   const now = performance.now();
   const hasPaid = paidUntil < now - BURST && registrations.paidUntil < now - REGISTER_BURST;
-  return connections === 0 && guesses === MAX_GUESSES && hasPaid;
+  return connections === 0 && guessCredit === MAX_GUESS_CREDIT && hasPaid;
 }
 
 function findAddress(server: Server, host: string): Address {
@@ -3047,7 +3070,7 @@ const OPTIONS = [
   ["max-per-address", "N", "connections from one address (64; no limit on loopback)"],
   ["tls-cert", "FILE", "encrypt the room with this certificate (PEM), read again on SIGHUP"],
   ["tls-key", "FILE", "and with this private key (PEM)"],
-  ["db", "FILE", "keep the history in this file (SQLite); otherwise it ends with the server"],
+  ["db", "FILE", "keep the history and registered names in this file (SQLite)"],
   ["keep", "DAYS", `until what was said is forgotten (${DEFAULTS.keep}; 0 for never)`],
   ["operators", "NAMES", "registered people who may show others out: alice,bob (needs --db)"],
   ["quiet", "", "print only start, stop and errors"],
@@ -3061,7 +3084,7 @@ Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
 
 ${OPTIONS.map(([name, value, help]) => `  --${name} ${value}`.padEnd(25) + help).join("\n")}`;
 
-/** Reads the options, opens the room and handles signals. @throws what the first two throw */
+/** Reads the options, opens the room, and attends to signals and the terminal. @throws what the first two throw */
 export function main(): void {
   const { quiet, ...options } = readOptions();
   const print = createPrinter(process.stdout);
@@ -3130,6 +3153,7 @@ function attendTerminal(handleLine: (line: string) => void): void {
   const { stdin } = process;
   let typed = "";
 
+  stdin.setEncoding("utf8");
   stdin.on("data", (chunk) => {
     const lines = (typed + chunk).split("\n");
     typed = lines.pop() ?? "";
@@ -3137,7 +3161,11 @@ function attendTerminal(handleLine: (line: string) => void): void {
   });
   stdin.on("error", () => {}); // the terminal is gone, and the chat goes on
 
-  const attend = () => (isInForeground() ? stdin.resume() : stdin.pause());
+  function attend(): void {
+    if (isInForeground()) stdin.resume();
+    else stdin.pause();
+  }
+
   attend();
   process.on("SIGCONT", attend);
   setInterval(attend, 1000).unref(); // after `fg` there may be no signal
