@@ -594,7 +594,7 @@ function inProcess(port: number, recall = 0) {
     isPerson: false,
     ask: async () => undefined,
     askPassword: async () => undefined,
-    showOut() {},
+    endConversation() {},
     waiting: () => 0,
     show(entries: readonly Entry[]) {
       shown.add(toText(entries.map(({ text }) => text)));
@@ -4058,7 +4058,7 @@ describe("the client and passwords", () => {
     await server.heard.until("Alex: /register s3cret!!\n");
     await alex.press("/password\r", "New password: |");
     await alex.press("one\r", "Once more: |");
-    await alex.press("two\r", "These are two passwords. Nothing was changed.\nYou: |");
+    await alex.press("two\r", "The two passwords differ. Nothing was changed.\nYou: |");
     await alex.press("/password typed!!", "You: /password *******|");
     alex.type("\r");
     await server.heard.until("Alex: /password typed!!\n");
@@ -4189,7 +4189,7 @@ describe("a client that is shown out", () => {
     server.say(ELSEWHERE);
     await alex.out.until(ELSEWHERE);
     server.drop();
-    const err = "The server did not let us stay, and what came behind was not sent.\n";
+    const err = "The server has ended our stay. Nothing after that was sent.\n";
     expect(await alex.result()).toMatchObject({ code: 1, err });
     expect(server.guests).toHaveLength(1);
   });

@@ -15,7 +15,7 @@
  * in either direction, and none comes twice.
  *
  * From top to bottom: options and limits, text, what a line means, how it is shown, lines on their way,
- * the history, the connection, the editor of a line, the display, the two screens, the conversation,
+ * the history, passwords, the connection, the editor of a line, the display, the two screens, the conversation,
  * the program.
  */
 
@@ -253,7 +253,11 @@ type Command = { name: string; parameters: string; help: string };
 const COMMANDS: readonly Command[] = [
   { name: "/help", parameters: "", help: "what the server can do" },
   { name: "/who", parameters: "", help: "who is here" },
-  { name: "/nick", parameters: "NAME", help: "be called NAME from now on (and its PASSWORD)" },
+  {
+    name: "/nick",
+    parameters: "NAME",
+    help: "be called NAME (/nick NAME PASSWORD, if it is registered)",
+  },
   { name: "/msg", parameters: "NAME TEXT", help: "say TEXT to NAME and to nobody else" },
   { name: "/history", parameters: "N", help: "the last N lines that were said" },
   { name: "/register", parameters: "", help: "make your name your own, by a password" },
@@ -266,16 +270,6 @@ const COMMANDS: readonly Command[] = [
   },
   { name: "/quit", parameters: "", help: "end the program" },
 ];
-
-// A command that ends with a password.
-const WITH_PASSWORD =
-  /^(?<before>\/(?:register|password|nick\s+(?<name>\S+))\s)(?<password>.*\S.*)$/isu;
-
-/** A password is not shown, only where it stands. */
-export function hidePassword(text: string): string {
-  const { before = "", password = "" } = WITH_PASSWORD.exec(text)?.groups ?? {};
-  return password === "" ? text : before + "*".repeat(password.length);
-}
 
 /** What Tab offers for the text before the cursor: whole replacements of it, the best first. */
 export function complete(before: string, people: Iterable<string>): string[] {
@@ -397,7 +391,7 @@ export function shortenRoster(entry: Entry, columns: number): string {
 /** Neighbours that all joined, or all left, are one line. Only the first of them are kept. */
 type Crowd = { did: string; names: string[]; count: number; first: Entry };
 
-/** Whether an entry may be told together with others. How somebody was shown out stands alone. */
+/** Whether an entry may be merged with its neighbours. A kick or a ban stands alone. */
 function isCrowded({ did, text }: Entry): boolean {
   return did !== undefined && !/ \((?:kicked|banned) by /.test(text);
 }
@@ -484,7 +478,7 @@ export function createOutbox() {
   }
 
   return {
-    /** Nothing is sent any more: nobody has to wait for that. */
+    /** Resolves what `add` returned: nothing will be sent any more. */
     release,
 
     /** Lines that were not sent. */
@@ -779,6 +773,68 @@ export function createFollower(outbox: Outbox, recall = 0) {
   };
 }
 
+// --- Passwords ---------------------------------------------------------------------------------
+// Some servers let people register names, ours by "/register PASSWORD": see README.md, "Names that are
+// yours". A password is never shown, and kept in memory only, for the next connection.
+
+// A command that ends with a password.
+const WITH_PASSWORD =
+  /^(?<before>\s*\/(?:register|password|nick\s+(?<name>\S+))\s)(?<password>.*\S.*)$/isu;
+
+/** Masks the password in a command. */
+export function hidePassword(text: string): string {
+  const { before = "", password = "" } = WITH_PASSWORD.exec(text)?.groups ?? {};
+  return password === "" ? text : before + "*".repeat(password.length);
+}
+
+// What a server of ours answers to such commands.
+const PASSWORD_SET = /^\* The (?:name|password of) (\S+) is (?:registered now|changed)\./;
+const UNREGISTERED = /^\* The name \S+ is not registered any more\.$/;
+
+/** A name and its password. */
+type Login = { name: string; password: string };
+
+/** Knows the password of our name, and the one that was offered last in a command. */
+export function createKeyring() {
+  let known: Login | null = null;
+  let offered: Login | null = null;
+
+  /** The offered password is the one of this name. */
+  function confirm(name: string): void {
+    if (offered && isSameName(offered.name, name)) known = offered;
+    offered = null;
+  }
+
+  return {
+    /** A new conversation begins, with a password or with none. */
+    begin(name: string, password: string): void {
+      known = password ? { name, password } : null;
+      offered = null;
+    },
+
+    /** A line is sent. If it offers a password for no other name, it is for our own. */
+    offer(text: string, ownName: string): void {
+      const { name = ownName, password } = WITH_PASSWORD.exec(text)?.groups ?? {};
+      if (password !== undefined) offered = { name, password };
+    },
+
+    /** Takes a line of the server, which may be an answer. */
+    hear(line: string): void {
+      const [, confirmedName] = PASSWORD_SET.exec(line) ?? [];
+      if (confirmedName !== undefined) confirm(confirmedName);
+      if (UNREGISTERED.test(line)) known = null;
+    },
+
+    /** Our name is another one from now on. */
+    handleRename: confirm,
+
+    /** The password of a name, if it has one that we know. */
+    passwordOf(name: string): string | undefined {
+      return known && isSameName(known.name, name) ? known.password : undefined;
+    },
+  };
+}
+
 // --- The connection ----------------------------------------------------------------------------
 
 /** Where the connection is. Each state holds just what exists while it lasts. */
@@ -795,14 +851,8 @@ type State =
   // What was said must arrive. Then our FIN goes out, and the server closes.
   | { at: "leaving"; socket: Connection; timer: Timer };
 
-/**
- * What is wanted, which decides what the end of a connection means: by the person, or "go" by the server,
- * which does not let us stay.
- */
-type Goal = "enter" | "stay" | "leave" | "go";
-
-/** A name and its password. */
-type Login = { name: string; password: string };
+/** What the person wants, which decides what the end of a connection means. */
+type Goal = "enter" | "stay" | "leave";
 
 /** What comes of leaving: lines that were not sent, and whether all others have arrived. */
 type Farewell = { unsent: number; isComplete: boolean };
@@ -813,13 +863,10 @@ const OUR_GREETING = "Welcome to bun-chat! What is your name?";
 const OLD_GREETING = "Welcome to the chat! What is your name?"; // of our servers without a history
 const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
 const LOST = "Connection lost.";
-const UNSAFE = "Passwords are sent only under TLS, or to this machine: others could read it.";
+const UNSAFE = "Passwords are sent only under TLS, or to this machine: others could read them.";
 
-// What a server of ours says about passwords, and when it shows us out.
+// What a server of ours says when a name has a password, and when it shows us out.
 const NEEDS_PASSWORD = /^\* The name \S+ is registered[.,]/;
-const WRONG_PASSWORD = "The password is wrong.";
-const PASSWORD_SET = /^\* The (?:name|password of) (\S+) is (?:registered now|changed)\./;
-const UNREGISTERED = /^\* The name (\S+) is not registered any more\.$/;
 const SHOWN_OUT = /^\* You (?:have come in from elsewhere\.$|were (?:kicked|banned) by )/;
 const SAID_IN_DOUBT = "What you said last may not have arrived.";
 const ASKED_IN_DOUBT = "What you asked for last may not have arrived.";
@@ -854,9 +901,9 @@ function formatEndpoint(host: string, port: number): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
 }
 
-/** Whether an address, as the system tells it, is of this machine (RFC 6890; RFC 4291, section 2.5.3). */
-function isLoopback(address: string): boolean {
-  return /^(?:::ffff:)?127\.|^::1$/i.test(address);
+/** Whether a connection stays on this machine (RFC 6890; RFC 4291, section 2.5.3). */
+function isThisMachine({ remoteAddress, localAddress }: Connection): boolean {
+  return /^(?:::ffff:)?127\.|^::1$/i.test(remoteAddress) || remoteAddress === localAddress;
 }
 
 /**
@@ -868,9 +915,9 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   const unreachable = `Could not connect to ${formatEndpoint(host, port)}.`;
   let state: State = { at: "offline" };
   let goal: Goal = "enter";
+  let isBanished = false; // the server does not let us stay: there is no coming back
   let name = "";
-  let login: Login | null = null; // what was right last; it is in memory only
-  let offered: Login | null = null; // a password that the server has not confirmed yet
+  const keyring = createKeyring();
   let isSafe = false; // whether nobody on the way can read what is sent
   let tries = 0; // to get back
   let split = splitLines(MAX_LINE);
@@ -914,9 +961,12 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function handleOpen(socket: Connection): void {
-    isSafe = Boolean(tls) || isLoopback(socket.remoteAddress);
-    if (state.at === "connecting") waitFor("greeting", socket);
-    else socket.end(); // too late, or a second one: a host may have several addresses
+    if (state.at !== "connecting") {
+      socket.end(); // too late, or a second one: a host may have several addresses
+      return;
+    }
+    isSafe = Boolean(tls) || isThisMachine(socket);
+    waitFor("greeting", socket);
   }
 
   function waitFor(at: "greeting" | "entering", socket: Connection, patience = PACE.silence): void {
@@ -967,14 +1017,9 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
 
   function introduce(socket: Connection): void {
     split = splitLines(MAX_LINE); // without the rest of a greeting that has no newline
-    const isKnown = login !== null && isSameName(login.name, name);
-    if (login && isKnown && isSafe) {
-      waitFor("entering", socket, PACE.proof);
-      writeLine(socket, `${name} ${login.password}`);
-    } else {
-      waitFor("entering", socket);
-      writeLine(socket, name);
-    }
+    const password = isSafe ? keyring.passwordOf(name) : undefined;
+    waitFor("entering", socket, password === undefined ? PACE.silence : PACE.proof);
+    writeLine(socket, password === undefined ? name : `${name} ${password}`);
   }
 
   function writeLine(socket: Connection, line: string): void {
@@ -1032,7 +1077,10 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function hearRoom(lines: string[]): void {
-    for (const line of lines) heed(line);
+    for (const line of lines) {
+      keyring.hear(line);
+      isBanished ||= SHOWN_OUT.test(line) && goal !== "enter";
+    }
     if (!isFollowed) {
       showPresent(lines.map(classify));
       return;
@@ -1049,21 +1097,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     flush(); // what was confirmed makes room for more, or was the last to be waited for
   }
 
-  /** What the server says to us alone. */
-  function heed(line: string): void {
-    const [, changed] = PASSWORD_SET.exec(line) ?? [];
-    const [, unregistered] = UNREGISTERED.exec(line) ?? [];
-    if (changed) keepOffered(changed);
-    if (unregistered) login = null;
-    if (SHOWN_OUT.test(line) && goal !== "enter") goal = "go";
-  }
-
-  /** The password that was offered for a name is right. */
-  function keepOffered(changed: string): void {
-    if (offered && isSameName(offered.name, changed)) login = offered;
-    offered = null;
-  }
-
   /** A person is told at once, a tool by its exit code. */
   function doubt(words: string): void {
     if (screen.isPerson) screen.notice(words);
@@ -1074,7 +1107,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     for (const { who, renamed } of entries) {
       if (!renamed || who !== name) continue;
       name = copyOf(renamed);
-      keepOffered(name);
+      keyring.handleRename(name);
     }
     show(entries);
   }
@@ -1114,18 +1147,18 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         refuse(allWords || NO_REASON);
         break;
       case "leaving":
-        if (isFollowed && !outbox.isSettled && goal !== "go") {
+        if (isFollowed && !outbox.isSettled && !isBanished) {
           startOver(lastWords);
           break;
         }
-        showPresent(isFollowed ? follower.finish() : lastWords.map(classify));
+        showLastWords(lastWords);
         finishLeaving(error === undefined);
         break;
       case "joined":
       case "catchingUp":
-        if (goal === "go") {
-          showPresent(isFollowed ? follower.finish() : lastWords.map(classify));
-          go();
+        if (isBanished) {
+          showLastWords(lastWords);
+          endStay();
         } else {
           startOver(lastWords);
         }
@@ -1133,6 +1166,11 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       default:
         change({ at: "offline" });
     }
+  }
+
+  /** There will be no other connection, on which they could come again. */
+  function showLastWords(lastWords: string[]): void {
+    showPresent(isFollowed ? follower.finish() : lastWords.map(classify));
   }
 
   /** The connection is lost. What has not arrived is sent again, or its loss is told. */
@@ -1155,20 +1193,19 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       entered.resolve({ refused });
     } else if (NEEDS_PASSWORD.test(refused)) {
       screen.notice(refused); // it is somebody's now, or its password has been changed
-      go();
+      endStay();
     } else {
       fail(refused); // it was ours a moment ago: the server has not noticed yet that we were gone
     }
   }
 
-  /** The server does not let us stay, and it would be of no use to try again. */
-  function go(): void {
-    const wasLeaving = goal === "leave";
+  /** Ends the stay for good: to try again would be of no use. */
+  function endStay(): void {
     change({ at: "offline" });
-    goal = "go";
+    isBanished = true;
     outbox.release();
-    if (wasLeaving) finishLeaving(false);
-    else screen.showOut();
+    if (goal === "leave") finishLeaving(false);
+    else screen.endConversation();
   }
 
   function handleError({ code = "", message }: NodeJS.ErrnoException): void {
@@ -1194,8 +1231,8 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       entered.reject(new Error(reason));
       return;
     }
-    if (goal === "go") {
-      go();
+    if (isBanished) {
+      endStay();
       return;
     }
     const seconds = Math.min(30, 2 ** tries) * (0.8 + Math.random() * 0.4);
@@ -1236,20 +1273,25 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   return {
-    /** Whether nobody on the way can read what is sent on the connection, or was sent on the last one. */
+    /** Whether the server has shown us out. */
+    get isOver() {
+      return isBanished;
+    },
+
+    /** Whether a password may be sent: under TLS, or to this machine. */
     get isSafe() {
       return isSafe;
     },
 
     /**
-     * Enters under a name, with its password if it has one, or only connects. Resolves with the words of a
-     * refusal if there is one.
+     * Enters under a name, with its password if it has one, or only connects. Resolves with `refused`, the
+     * words of a refusal, if there is one.
      * @throws when there is no connection to be had; the message is for the user
      */
     join(wanted = "", password = ""): Promise<{ refused?: string }> {
       name = cleanText(wanted).trim().normalize("NFKC"); // as the server takes it
-      login = password ? { name, password } : null;
-      offered = null;
+      keyring.begin(name, password);
+      isBanished = false;
       goal = "enter";
       entered = Promise.withResolvers();
       follower = createFollower(outbox, recall);
@@ -1264,13 +1306,12 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         screen.notice("The client does that itself.");
         return Promise.resolve();
       }
-      const secret = WITH_PASSWORD.exec(text)?.groups;
-      if (secret && !isSafe) {
+      if (WITH_PASSWORD.test(text) && !isSafe) {
         screen.notice(UNSAFE);
-        isComplete &&= screen.isPerson;
+        if (!screen.isPerson) isComplete = false;
         return Promise.resolve();
       }
-      if (secret) offered = { name: secret["name"] ?? name, password: secret["password"] ?? "" };
+      keyring.offer(text, name);
       const sent = outbox.add(text);
       flush();
       return sent;
@@ -1283,7 +1324,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     leave(): Promise<Farewell> {
       const isIn = state.at === "joined" || state.at === "catchingUp";
       const isNeeded = isIn || (!screen.isPerson && !outbox.isSettled);
-      const isEnd = goal === "leave" || goal === "go" || !isNeeded;
+      const isEnd = goal === "leave" || isBanished || !isNeeded;
       if (isEnd) return Promise.resolve(finishLeaving(false));
 
       goal = "leave";
@@ -1296,13 +1337,8 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
 
 // --- The editor --------------------------------------------------------------------------------
 
-/**
- * A line that was entered. One whose beginning was pasted is never a command. One from the room has no
- * text: it says that we were shown out.
- */
-type Line = { text: string; from: "keyboard" | "paste" | "pipe" | "room" };
-
-const OUT: Line = { text: "", from: "room" };
+/** A line that was entered. One whose beginning was pasted is never a command. */
+type Line = { text: string; from: "keyboard" | "paste" | "pipe" };
 
 /** A line that is not entered yet. */
 type Draft = { text: string; isPasted: boolean };
@@ -1633,7 +1669,7 @@ function createPlainDisplay(): Display {
 /** Where the conversation takes place: a person's terminal, or a pipe. */
 type Screen = {
   isPerson: boolean;
-  /** Resolves with the next line entered, or undefined at the end of input. */
+  /** Resolves with the next line entered, or undefined at the end of input or of the conversation. */
   ask(question: string): Promise<Line | undefined>;
   /** Resolves with a password, which is not shown and kept nowhere; undefined if there is none. */
   askPassword(question: string): Promise<string | undefined>;
@@ -1650,8 +1686,8 @@ type Screen = {
   notice(text: string): void;
   /** Shows a text as it is. */
   print(text: string): void;
-  /** Drops what was entered, and answers the next question with a line from the room. */
-  showOut(): void;
+  /** Drops what was entered, and answers the question of the moment, or the next one, with undefined. */
+  endConversation(): void;
   /** Hides somebody's lines, or shows them again; without a name says whose are hidden. */
   ignore(name: string): void;
   close(): void;
@@ -1674,8 +1710,8 @@ function openTerminal(bell: string): Screen {
     isPerson: true,
     ask: keyboard.ask,
     askPassword: keyboard.askPassword,
-    showOut: keyboard.showOut,
-    waiting: () => keyboard.waiting,
+    endConversation: keyboard.endConversation,
+    waiting: keyboard.waiting,
     whenTaken: output.whenTaken,
     close() {
       keyboard.close();
@@ -1801,6 +1837,7 @@ function createKeyboard(display: Display, view: View) {
   const lineEditor = createEditor((before) => complete(before, view.others()));
   let password: { editor: Editor; answer: (typed?: string) => void } | null = null; // being typed
   const entered: Line[] = []; // but not yet asked for
+  let isOut = false; // we were shown out, and nobody has asked since
   let input: "typing" | "pasting" | "ended" = "typing";
   let question = "";
   let wake = () => {};
@@ -1811,11 +1848,17 @@ function createKeyboard(display: Display, view: View) {
     redraw = undefined;
     const waiting = entered.filter(({ from }) => from === "paste").length;
     const status = `${waiting} lines are on their way at the pace of the room; Ctrl+C stops them.`;
-    const text = question === SAY ? hidePassword(lineEditor.text) : lineEditor.text;
-    const { cursor } = lineEditor;
-    if (password) display.draw({ status: "", prompt: question, text: "", cursor: 0 });
-    else
-      display.draw({ status: waiting > SHORT_PASTE ? status : "", prompt: question, text, cursor });
+    if (password) {
+      display.draw({ ...NO_INPUT, prompt: question });
+      return;
+    }
+    const { text, cursor } = lineEditor;
+    display.draw({
+      status: waiting > SHORT_PASTE ? status : "",
+      prompt: question,
+      text: question === SAY ? hidePassword(text) : text,
+      cursor,
+    });
   }
 
   /** What keys go to. */
@@ -1881,6 +1924,7 @@ function createKeyboard(display: Display, view: View) {
   }
 
   function dropEntered(): void {
+    clearTimeout(blankLine);
     const unsent = countWaiting();
     entered.length = 0;
     if (unsent > 0) view.notice(`${linesWere(unsent)} not sent.`);
@@ -1966,12 +2010,16 @@ function createKeyboard(display: Display, view: View) {
   setRaw(true);
 
   return {
-    /** Resolves with the next line entered, or undefined at the end of input. */
+    /** Resolves with the next line entered, or undefined at the end of input or of the conversation. */
     async ask(asked: string): Promise<Line | undefined> {
       question = asked;
       draw();
-      while (entered.length === 0 && input !== "ended")
+      while (entered.length === 0 && input !== "ended" && !isOut)
         await new Promise<void>((resolve) => (wake = resolve));
+      if (isOut) {
+        isOut = false;
+        return undefined;
+      }
       const line = entered.shift();
       if (asked === SAY) return line;
 
@@ -1997,16 +2045,15 @@ function createKeyboard(display: Display, view: View) {
     },
 
     /** We were shown out: what waits cannot be sent any more. */
-    showOut(): void {
+    endConversation(): void {
       dropEntered();
       answerPassword();
-      enter(OUT);
+      isOut = true;
+      wake();
       scheduleDraw();
     },
 
-    get waiting() {
-      return countWaiting();
-    },
+    waiting: countWaiting,
 
     close(): void {
       clearTimeout(blankLine);
@@ -2041,8 +2088,8 @@ function restoreTerminal(): void {
 /** The standard input and output of a tool. */
 function openPipe(): Screen {
   const lines = readPipe();
-  let isShownOut = false;
-  let answer: (line: Line) => void = () => {}; // to the last question
+  let hasEnded = false; // the conversation, because we were shown out
+  let answer: (line: undefined) => void = () => {}; // to the last question
 
   async function nextLine(): Promise<Line | undefined> {
     const { done, value } = await lines.next();
@@ -2063,16 +2110,16 @@ function openPipe(): Screen {
   return {
     isPerson: false,
     ask: () => {
-      if (isShownOut) return Promise.resolve(OUT);
+      if (hasEnded) return Promise.resolve(undefined);
       const { promise, resolve, reject } = Promise.withResolvers<Line | undefined>();
       answer = resolve;
       nextLine().then(resolve, reject);
       return promise;
     },
     askPassword: async () => process.env["CHAT_PASSWORD"],
-    showOut() {
-      isShownOut = true;
-      answer(OUT);
+    endConversation() {
+      hasEnded = true;
+      answer(undefined);
     },
     show(entries) {
       show(entries);
@@ -2108,9 +2155,10 @@ const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at 
 const NO_BLANKS = "A name has no blanks. Its password is asked for.";
 const UNSAFE_NAME =
   "The name is registered, and passwords are sent only under TLS, or to this machine.";
+const WRONG_PASSWORD = "The password is wrong.";
 const NO_PASSWORD =
   "The name is registered: give its password in the environment, as CHAT_PASSWORD.";
-const SENT_AWAY = "The server did not let us stay, and what came behind was not sent.";
+const SENT_AWAY = "The server has ended our stay. Nothing after that was sent.";
 const NOT_A_COMMAND =
   "That was not sent, because it may hold a password. A command is typed, and begins with the slash.";
 const HELP = `Here also: /ignore NAME, and q, which leaves the chat. See bun client.ts --help.`;
@@ -2157,7 +2205,7 @@ async function askNewPassword(screen: Screen): Promise<string | undefined> {
   if (!password) return undefined;
   const again = await screen.askPassword("Once more: ");
   if (password === again) return password;
-  screen.notice("These are two passwords. Nothing was changed.");
+  screen.notice("The two passwords differ. Nothing was changed.");
   return undefined;
 }
 
@@ -2166,9 +2214,8 @@ export async function sendMessages(screen: Screen, room: Room): Promise<"menu" |
   const waitForTurn = createPacer();
   for (;;) {
     const line = await screen.ask(SAY);
-    if (!line) return "end";
+    if (!line) return room.isOver ? "out" : "end";
     const { text, from } = line;
-    if (from === "room") return "out";
     const [word = "", ...rest] = text.trim().split(/\s+/);
     const command = from !== "paste" && text.startsWith("/") ? word.toLowerCase() : "";
 
@@ -2180,15 +2227,7 @@ export async function sendMessages(screen: Screen, room: Room): Promise<"menu" |
       continue;
     }
     if (word === "") continue;
-    if (command === "" && WITH_PASSWORD.test(text.trimStart()) && screen.isPerson) {
-      screen.notice(NOT_A_COMMAND);
-      continue;
-    }
-    const takesNew = command === "/register" || command === "/password";
-    if (takesNew && rest.length === 0 && screen.isPerson) {
-      await setPassword(screen, room, command);
-      continue;
-    }
+    if (screen.isPerson && (await handlePassword(screen, room, command, text))) continue;
 
     screen.showOwn(hidePassword(text));
     const sent = room.send(from === "paste" && text.startsWith("/") ? `/${text}` : text);
@@ -2198,11 +2237,27 @@ export async function sendMessages(screen: Screen, room: Room): Promise<"menu" |
   }
 }
 
+/**
+ * Asks for the new password of a command that has none, and lets none be said to everybody.
+ * @returns whether the line is not to be sent
+ */
+async function handlePassword(screen: Screen, room: Room, command: string, text: string) {
+  const isSaid = command === "" && WITH_PASSWORD.test(text);
+  if (isSaid) screen.notice(NOT_A_COMMAND);
+
+  const isAsked = /^\/(?:register|password)\s*$/i.test(text) && command !== "";
+  if (isAsked) await setPassword(screen, room, command);
+  return isSaid || isAsked;
+}
+
 /** Sends a command with a new password. */
 async function setPassword(screen: Screen, room: Room, command: string): Promise<void> {
-  const password = room.isSafe ? await askNewPassword(screen) : undefined;
-  if (!room.isSafe) screen.notice(UNSAFE);
-  else if (password) void room.send(`${command} ${password}`);
+  if (!room.isSafe) {
+    screen.notice(UNSAFE);
+    return;
+  }
+  const password = await askNewPassword(screen);
+  if (password) void room.send(`${command} ${password}`);
 }
 
 /** Returns a function that waits until one more pasted line may go. Rooms take them no faster. */
@@ -2256,7 +2311,7 @@ async function chat(screen: Screen, room: Room, givenName: string): Promise<numb
 /** Joins. Resolves with what went wrong, if anything did. */
 async function tryToJoin(screen: Screen, room: Room, name: string) {
   try {
-    const refused = await enter(screen, room, name);
+    const refused = await joinAs(screen, room, name);
     return refused === undefined ? null : { words: refused, isRefusal: true };
   } catch (error) {
     return { words: messageOf(error), isRefusal: false };
@@ -2267,21 +2322,18 @@ async function tryToJoin(screen: Screen, room: Room, name: string) {
  * Joins, with a password if the name has one. Resolves with the words of a refusal, if there is one.
  * @throws when there is no connection to be had
  */
-async function enter(screen: Screen, room: Room, name: string): Promise<string | undefined> {
-  let { refused } = await room.join(name);
-
-  while (refused !== undefined && NEEDS_PASSWORD.test(refused)) {
+async function joinAs(screen: Screen, room: Room, name: string): Promise<string | undefined> {
+  let password = "";
+  for (;;) {
+    const { refused } = await room.join(name, password);
+    if (refused === undefined || !NEEDS_PASSWORD.test(refused)) return refused;
     if (!room.isSafe) return UNSAFE_NAME;
-    const password = await screen.askPassword(`Password for ${name}: `);
-    if (!password) return screen.isPerson ? refused : NO_PASSWORD;
 
-    const answer = await room.join(name, password);
-    refused = answer.refused;
-    if (refused === undefined || !NEEDS_PASSWORD.test(refused)) break;
-    if (!screen.isPerson) return WRONG_PASSWORD;
-    screen.notice(WRONG_PASSWORD);
+    if (password && !screen.isPerson) return WRONG_PASSWORD;
+    if (password) screen.notice(WRONG_PASSWORD);
+    password = (await screen.askPassword(`Password for ${name}: `)) ?? "";
+    if (!password) return screen.isPerson ? refused : NO_PASSWORD;
   }
-  return refused;
 }
 
 /** The way of a pipe. Resolves with the exit code. @throws when it cannot get into the room */
@@ -2289,7 +2341,7 @@ async function passOn(screen: Screen, room: Room, givenName: string): Promise<nu
   await room.join();
   const name = givenName || (await askName(screen));
   if (!name) throw new Error("A name is needed: the first line, or --name.");
-  const refused = await enter(screen, room, name);
+  const refused = await joinAs(screen, room, name);
   if (refused !== undefined) throw new Error(refused);
 
   const next = await sendMessages(screen, room);
