@@ -45,6 +45,7 @@ import {
   complete,
   createEditor,
   createFollower,
+  createKeyring,
   createOutbox,
   cutRows,
   hidePassword,
@@ -3899,6 +3900,23 @@ describe("nothing is missed", () => {
     expect(await left).toEqual({ unsent: 0, isComplete: true });
   });
 
+  test.each(["/since 10", "one"])(
+    "also when it is shown out on the way, after %s",
+    async (last) => {
+      const { server, room, answer } = await pretender();
+      await answer("/since", ...CAUGHT_UP);
+      void room.send("one");
+      const left = room.leave();
+      await server.heard.until("Alex: one\n");
+      server.drop();
+      if (last === "one") await answer("/since 10", ...CAUGHT_UP_AGAIN);
+      await answer(last, "* You have come in from elsewhere.");
+      for (const guest of server.guests) guest.socket.shutdown();
+      expect(await left).toMatchObject({ isComplete: false });
+      expect(server.guests).toHaveLength(2);
+    },
+  );
+
   test("also what comes last, without a mark", async () => {
     const { room, shown, answer, entered } = await pretender({ farewell: "[bob] bye\n" });
     await answer("/since", ...CAUGHT_UP);
@@ -4015,6 +4033,30 @@ describe("the client and passwords", () => {
     expect(hidePassword(typed)).toBe(shown ?? "");
   });
 
+  const NEW = "* The name Alex is registered now. Enter it with its password: Alex PASSWORD";
+  const CHANGED = "* The password of ALEX is changed.";
+  const GONE = "* The name Alex is not registered any more.";
+  test.each([
+    ["one that was given", [], "given"],
+    ["a new one", ["> /register new", NEW], "new"],
+    ["a changed one", ["> /password  new one", CHANGED], " new one"],
+    ["that of a name that was taken", ["> /nick alex new", "renamed alex"], "new"],
+    ["none that was refused", ["> /password short", "* A password has 8 to 256 ..."], "given"],
+    ["none of another name", ["> /nick bob new", "renamed bob"], undefined],
+    ["none of a name that was given up", ["> /unregister", GONE], undefined],
+    ["none that anybody only talks of", ["[bob] /register x", `[bob] ${NEW}`], "given"],
+  ])("are kept for the next connection: %s", (_, lines, password) => {
+    const keyring = createKeyring();
+    keyring.begin("Alex", "given");
+    for (const line of lines) {
+      if (line.startsWith("> ")) keyring.offer(line.slice(2), "Alex");
+      else if (line.startsWith("renamed ")) keyring.handleRename(line.slice(8));
+      else keyring.hear(line);
+    }
+    expect(keyring.passwordOf("ALEX")).toBe(password);
+    expect(keyring.passwordOf("carol")).toBeUndefined();
+  });
+
   test("are asked for, unseen, until one is right, and kept for the next connection", async () => {
     const server = budgetChat({ refusals: [REGISTERED, REGISTERED] });
     const alex = inTerminal(hastyClient(server.port));
@@ -4082,7 +4124,7 @@ describe("the client and passwords", () => {
     await alex.prints(" /password s3cret!!\r", refused);
     await alex.prints("//register said\r", "You: //register said\r\n");
     await server.heard.until("Alex: //register said\n");
-    expect(server.heard.text).not.toContain("s3cret");
+    expect(server.heard.text + alex.out.text).not.toContain("s3cret");
   });
 
   test("are sent only where nobody can read them", async () => {
