@@ -655,20 +655,34 @@ type Habits = {
   neverCloses?: boolean; // does not answer a FIN
   stopsReading?: boolean; // once a guest has a name
   refusals?: readonly string[]; // what the next names are answered with
+  isOurs?: boolean; // it greets like a server of bun-chat, and confirms what it hears
 };
 
 /** The smallest server of Budget Chat. Its transcript holds "joined: NAME", "NAME: text" and such. */
 function budgetChat(habits: Habits = {}) {
-  const { greeting = "Welcome to the chat! What is your name?", newline = "\n" } = habits;
+  const { isOurs, newline = "\n" } = habits;
+  const { greeting = isOurs ? WELCOME : "Welcome to the chat! What is your name?" } = habits;
+  let position = 9; // of the last mark
   const refusals = [...(habits.refusals ?? [])];
   const { roster = "* The room contains: bob, carol" } = habits;
   const heard = new Transcript();
   const guests: Peer[] = [];
   const finish = (guest: Peer) => void (guest.isSent && guest.socket.shutdown());
 
+  function confirm(guest: Peer, line: string): void {
+    const [name] = guest.name.split(" "); // without its password
+    if (line.startsWith("/since")) {
+      const since = `* Since ${position} until ${position}`;
+      guest.send(toText([since, `* ${name} has joined the chat`, `* ${++position}`]));
+    } else {
+      guest.send(line.startsWith("/") ? "* Answered\n" : `[${name}] ${line}\n* ${++position}\n`);
+    }
+  }
+
   function takeLine(guest: Peer, line: string): void {
     if (guest.name) {
       heard.add(`${guest.name}: ${line}\n`);
+      if (isOurs) confirm(guest, line);
       return;
     }
     const refusal = refusals.shift();
@@ -4005,6 +4019,7 @@ describe("nothing is missed", () => {
 
 // --- 13. The client and passwords --------------------------------------------------------------
 
+const UNSAFE = "A password is sent only to a server of bun-chat, and under TLS or to this"; // machine
 const REGISTERED = "* The name Alex is registered. Enter it with its password: Alex PASSWORD";
 
 /** Starts a client whose connections seem to come from far away. */
@@ -4037,28 +4052,26 @@ describe("the client and passwords", () => {
   const CHANGED = "* The password of ALEX is changed.";
   const GONE = "* The name Alex is not registered any more.";
   test.each([
-    ["one that was given", [], "given"],
-    ["a new one", ["> /register new", NEW], "new"],
-    ["a changed one", ["> /password  new one", CHANGED], " new one"],
-    ["that of a name that was taken", ["> /nick alex new", "renamed alex"], "new"],
-    ["none that was refused", ["> /password short", "* A password has 8 to 256 ..."], "given"],
-    ["none of another name", ["> /nick bob new", "renamed bob"], undefined],
-    ["none of a name that was given up", ["> /unregister", GONE], undefined],
-    ["none that anybody only talks of", ["[bob] /register x", `[bob] ${NEW}`], "given"],
-  ])("are kept for the next connection: %s", (_, lines, password) => {
+    ["one that was given", "", "", "given"],
+    ["a new one", "/register new", NEW, "new"],
+    ["a changed one", "/password  new one", CHANGED, " new one"],
+    ["that of a name that was taken", "/nick alex new", "* Alex is now called alex", "new"],
+    ["none that was refused", "/password short", "* A password has 8 to 256 ...", "given"],
+    ["none of another name", "/nick bob new", "* Alex is now called bob", undefined],
+    ["none of somebody else", "/nick alex new", "* bob is now called alex", "given"],
+    ["none of a name that was given up", "/unregister", GONE, undefined],
+    ["none that nobody has sent", "", NEW, "given"],
+    ["none that anybody only talks of", "/register x", `[bob] ${NEW}`, "given"],
+  ])("are kept for the next connection: %s", (_, change, line, password) => {
     const keyring = createKeyring();
     keyring.begin("Alex", "given");
-    for (const line of lines) {
-      if (line.startsWith("> ")) keyring.offer(line.slice(2), "Alex");
-      else if (line.startsWith("renamed ")) keyring.handleRename(line.slice(8));
-      else keyring.hear(line);
-    }
+    keyring.hear(line, change, "Alex");
     expect(keyring.passwordOf("ALEX")).toBe(password);
     expect(keyring.passwordOf("carol")).toBeUndefined();
   });
 
   test("are asked for, unseen, until one is right, and kept for the next connection", async () => {
-    const server = budgetChat({ refusals: [REGISTERED, REGISTERED] });
+    const server = budgetChat({ isOurs: true, refusals: [REGISTERED, REGISTERED] });
     const alex = inTerminal(hastyClient(server.port));
     await alex.press("1\rAlex\r", "Password for Alex: |");
     await alex.press("wrong!\x1b[A\t\r", "The password is wrong.\nPassword for Alex: |");
@@ -4073,7 +4086,7 @@ describe("the client and passwords", () => {
   });
 
   test("may be refused to be typed: then another name is asked for", async () => {
-    const server = budgetChat({ refusals: [REGISTERED] });
+    const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
     const alex = inTerminal(client(server.port, "--name", "Alex"));
     await alex.shows("Password for Alex: |");
     await alex.press("\r", `${REGISTERED}\nEnter your username: |`);
@@ -4083,7 +4096,7 @@ describe("the client and passwords", () => {
   });
 
   test.each(["\x03", "\x04"])("the question for one is no trap: %j", async (key) => {
-    const server = budgetChat({ refusals: [REGISTERED] });
+    const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
     const alex = inTerminal(client(server.port, "--name", "Alex"));
     await alex.shows("Password for Alex: |");
     alex.type(`half${key}`);
@@ -4093,7 +4106,7 @@ describe("the client and passwords", () => {
   });
 
   test("new ones are asked for twice, and are neither shown nor brought back by Up", async () => {
-    const { alex, server } = await joined();
+    const { alex, server } = await joined({ habits: { isOurs: true } });
     await alex.press("/register\r", "New password: |");
     await alex.press("s3cret!!\r", "Once more: |");
     alex.type("s3cret!!\r");
@@ -4109,16 +4122,16 @@ describe("the client and passwords", () => {
   });
 
   test("that were typed before they were asked for are not said", async () => {
-    const { alex, server } = await joined();
+    const { alex, server } = await joined({ habits: { isOurs: true } });
     await alex.press("/register\rs3cret!!\rs3c", "1 line was not sent.\nNew password: |");
     await alex.press("\r", "New password:\nYou: |");
     alex.type("hi\r");
     await server.heard.until("Alex: hi\n");
-    expect(server.heard.text).toBe("joined: Alex\nAlex: hi\n");
+    expect(server.heard.text).toBe("joined: Alex\nAlex: /since -10\nAlex: hi\n");
   });
 
   test("that were pasted or stand behind a blank are not sent as a message", async () => {
-    const { alex, server } = await joined();
+    const { alex, server } = await joined({ habits: { isOurs: true } });
     const refused = "That was not sent, because it may hold a password.";
     await alex.prints(`${paste("/register s3cret!!")}\r`, refused);
     await alex.prints(" /password s3cret!!\r", refused);
@@ -4128,22 +4141,92 @@ describe("the client and passwords", () => {
   });
 
   test("are sent only where nobody can read them", async () => {
-    const server = budgetChat({ refusals: [REGISTERED] });
+    const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
     const alex = inTerminal(distant(server.port, "--name", "Alex"));
     await alex.out.until("and passwords are sent only under TLS, or to this");
     await alex.shows("Enter your username: |");
     await alex.press("Sam\r", "* The room contains: bob, carol\nYou: |");
-    await alex.prints("/register s3cret!!\r", "Passwords are sent only under TLS");
-    await alex.prints("/password\r", "Passwords are sent only under TLS");
+    await alex.prints("/register s3cret!!\r", UNSAFE);
+    await alex.prints("/password\r", UNSAFE);
     alex.type("hi\r");
     await server.heard.until("Sam: hi\n");
-    expect(server.heard.text).toBe("refused: Alex\nclosed \njoined: Sam\nSam: hi\n");
+    expect(server.heard.text).not.toContain("s3cret");
 
     const pipe = inPipe(distant(server.port, "--name", "Alex"));
     pipe.end("/register s3cret!!\nhi\n");
-    const err = expect.stringContaining("Passwords are sent only under TLS");
+    const err = expect.stringContaining(UNSAFE);
     expect(await pipe.result()).toMatchObject({ code: 1, err });
     expect(server.heard.text).not.toContain("s3cret");
+  });
+
+  test("are not sent to a server of another kind, which would tell everybody", async () => {
+    const { alex, server } = await joined();
+    await alex.prints("/register s3cret!!\r", UNSAFE);
+    await alex.prints("/register\r", UNSAFE);
+    alex.type("hi\r");
+    await server.heard.until("Alex: hi\n");
+
+    const ours = budgetChat({ isOurs: true, refusals: [REGISTERED] });
+    const sam = inProcess(ours.port);
+    expect(await sam.room.join("Alex")).toEqual({ refused: REGISTERED });
+    expect(await sam.room.join("Alex", "s3cret!!")).toEqual({});
+    ours.drop();
+    ours.stop();
+    const other = budgetChat({ port: ours.port });
+    await other.heard.until("joined: Alex\n");
+    expect(server.heard.text + other.heard.text).not.toContain("s3cret");
+  });
+
+  test("that were not sent before the connection was lost are not sent on the next one", async () => {
+    const server = budgetChat({ isOurs: true });
+    const alex = inProcess(server.port);
+    await alex.room.join("Alex");
+    void alex.room.send("/nick Al"); // behind which all waits
+    void alex.room.send("/register s3cret!!");
+    await server.heard.until("/nick Al\n");
+    server.drop();
+    await server.heard.until("joined: Alex\nAlex: /since");
+    void alex.room.send("hi");
+    await server.heard.until("Alex: hi\n");
+    expect(server.heard.text).not.toContain("s3cret");
+  });
+
+  test("are offered again when their answer was lost", async () => {
+    const server = budgetChat({ greeting: WELCOME });
+    const alex = inProcess(server.port);
+    const entered = alex.room.join("Alex");
+    const since = ["* Since 9 until 9", "* Alex has joined the chat", "* 10"];
+    await server.heard.until("/since\n");
+    server.say(...since);
+    await entered;
+    void alex.room.send("/register s3cret!!");
+    await server.heard.until("/register s3cret!!\n");
+    server.refusals.push(REGISTERED);
+    server.drop();
+    await server.heard.until("joined: Alex s3cret!!\n");
+  });
+
+  test("that are not needed any more are forgotten", async () => {
+    const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
+    const alex = inProcess(server.port);
+    await alex.room.join("Alex");
+    await alex.room.join("Alex", "s3cret!!");
+    server.refusals.push("* The name Alex is not registered, so it has no password.");
+    server.drop();
+    await server.heard.until("refused: Alex s3cret!!\n");
+    await server.heard.until("joined: Alex\n");
+  });
+
+  test("what is typed behind one is neither seen nor said", async () => {
+    const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
+    const alex = inTerminal(client(server.port, "--name", "Alex"));
+    await alex.shows("Password for Alex: |");
+    alex.type("s3cret!!\rs3cret!!\rs3c");
+    await alex.shows("* The room contains: bob, carol\n1 line was not sent.\nYou: |");
+    alex.type("hi\r");
+    await server.heard.until(": hi\n");
+    expect(server.heard.text).not.toContain(": s3c");
+    expect(alex.out.text).not.toContain("s3c");
   });
 
   test.each([
@@ -4152,7 +4235,7 @@ describe("the client and passwords", () => {
     ["is missing", "", [REGISTERED], 1, `${NO_PASSWORD}\n`],
     ["is not needed", "s3cret!!", [], 0, ""],
   ])("in a pipe one %s", async (_, password, refusals, code, err) => {
-    const server = budgetChat({ refusals });
+    const server = budgetChat({ isOurs: true, refusals });
     const script = `CHAT_PASSWORD='${password}' exec "$0" "$@"`;
     const alex = inPipe(["bash", "-c", script, ...client(server.port)]);
     alex.end("Alex\nhi\n");
@@ -4197,7 +4280,6 @@ describe("the client and passwords", () => {
 });
 
 describe("a client that is shown out", () => {
-  const DOUBT = "The last lines may be lost."; // of a server that confirms nothing
   const ELSEWHERE = "* You have come in from elsewhere.";
 
   test.each([
@@ -4205,33 +4287,92 @@ describe("a client that is shown out", () => {
     "* You were kicked by bob: too loud",
     "* You were banned by bob for 60 minutes",
   ])("says so, and does not come back by itself: %s", async (words) => {
-    const { alex, server } = await joined({ pace: { retry: 1 } });
+    const { alex, server } = await joined({ habits: { isOurs: true }, pace: { retry: 1 } });
     server.say(words);
     await alex.out.until(words);
     server.drop();
     await alex.shows(`${words}\nConnection closed.\n${MENU}|`);
     alex.type("1\rAlex\rback\r");
-    await server.heard.until("joined: Alex\nAlex: back\n");
+    await server.heard.until("Alex: back\n");
     expect(server.guests).toHaveLength(2);
   });
 
+  test.each(["a terminal", "a pipe"])("while it still comes in, is told so: %s", async (place) => {
+    const server = budgetChat({ greeting: WELCOME });
+    const command = client(server.port, "--name", "Alex");
+    const alex = place === "a pipe" ? inPipe(command) : inTerminal(command);
+    await server.heard.until("Alex: /since");
+    server.say(ELSEWHERE);
+    await alex.out.until(ELSEWHERE);
+    if ("shows" in alex) {
+      await alex.shows(`${ELSEWHERE}\nThe server has ended our stay.\nEnter your username: |`);
+    } else {
+      const err = "The server has ended our stay.\n";
+      expect(await alex.result()).toMatchObject({ code: 1, err });
+    }
+  });
+
+  test("keeps stars and unseen words to itself, and what was half written for Up", async () => {
+    const { alex, server } = await joined({ habits: { isOurs: true } });
+    alex.type("/register s3cret!!");
+    await alex.shows("You: /register ********|");
+    server.say(ELSEWHERE);
+    await alex.press("", `Connection closed.\n${MENU}|`);
+    await alex.press("1\rAlex\r", "* The room contains: bob, carol\nYou: |");
+    await alex.press("/password\r", "New password: |");
+    alex.type("s3cr");
+    server.say(ELSEWHERE);
+    await alex.shows(`${ELSEWHERE}\nNew password: |`);
+    await alex.press("et!!\r", "New password:\nOnce more: |");
+    await alex.press(
+      "s3cret!!\r",
+      `Not connected: the password was not sent.\nConnection closed.\n${MENU}|`,
+    );
+    await alex.press("1\rAlex\r", "* The room contains: bob, carol\nYou: |");
+    alex.type("half a li");
+    server.say(ELSEWHERE);
+    await alex.press("", `Connection closed.\n${MENU}|`);
+    await alex.press("1\rAlex\r", "* The room contains: bob, carol\nYou: |");
+    await alex.press("\x1b[A", "You: half a li|");
+    expect(alex.out.text + server.heard.text).not.toContain("s3cr");
+  });
+
+  test("drops the rest of a paste", async () => {
+    const { alex, server } = await joined({ habits: { isOurs: true }, pace: { pasted: 1000 } });
+    alex.type("\x1b[200~one\rtwo");
+    await server.heard.until("Alex: one\n");
+    server.say(ELSEWHERE);
+    await alex.press("", `Connection closed.\n${MENU}|`);
+    alex.type("\r1\rMallory\r\x1b[201~");
+    await alex.press("3\r", `Enter your choice: 3\nInvalid choice. Try again.\n${MENU}|`);
+    expect(server.guests).toHaveLength(1);
+  });
+
+  test("does not come back when it is banned meanwhile", async () => {
+    const { alex, server } = await joined({ habits: { isOurs: true }, pace: { retry: 1 } });
+    const words = "* You are banned for another 60 minutes.";
+    server.refusals.push(words);
+    server.drop();
+    await alex.shows(`${words}\nConnection closed.\n${MENU}|`);
+  });
+
   test("is told how many of its lines were not sent", async () => {
-    const { alex, server } = await joined({ pace: { pasted: 1000 } });
+    const { alex, server } = await joined({ habits: { isOurs: true }, pace: { pasted: 1000 } });
     alex.type(paste(`${toText(numbered(30)).trimEnd()}\r`));
     await server.heard.until("Alex: line 19\n");
     server.say(ELSEWHERE);
     await alex.out.until(ELSEWHERE);
     server.drop();
-    await alex.shows(`10 lines were not sent.\n${DOUBT}\nConnection closed.\n${MENU}|`);
+    await alex.shows(`10 lines were not sent.\nConnection closed.\n${MENU}|`);
   });
 
   test("in a pipe ends at once, with exit code 1", async () => {
-    const { alex, server } = inPipeWith();
+    const { alex, server } = inPipeWith({ isOurs: true });
     await server.heard.until("joined: Alex\n");
     server.say(ELSEWHERE);
     await alex.out.until(ELSEWHERE);
     server.drop();
-    const err = "The server has ended our stay. Nothing after that was sent.\n";
+    const err = "The server has ended our stay.\n";
     expect(await alex.result()).toMatchObject({ code: 1, err });
     expect(server.guests).toHaveLength(1);
   });
@@ -4255,7 +4396,10 @@ describe("a client that is shown out", () => {
   });
 
   test("loses its name to somebody who registers it meanwhile, and says so", async () => {
-    const { alex, server } = await joined({ pace: { retry: 1, doubt: 50 } });
+    const { alex, server } = await joined({
+      habits: { isOurs: true },
+      pace: { retry: 1, doubt: 50 },
+    });
     server.refusals.push(REGISTERED);
     server.drop();
     await alex.shows(`${REGISTERED}\nConnection closed.\n${MENU}|`);

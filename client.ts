@@ -417,14 +417,14 @@ function costOf({ length }: Uint8Array): number {
 
 /**
  * A line on its way. A server of ours confirms each of them: what is said comes back, and a command is
- * answered, as is a line that is too long. Nothing is sent after a new name before that is answered,
- * because what is said comes back under our name.
+ * answered, as is a line that is too long. Nothing is sent behind a change of our name or its password
+ * before that is answered: what is said comes back under our name, and a password is for one name.
  */
-type Outgoing = { bytes: Uint8Array; kind: "said" | "command" | "rename" };
+type Outgoing = { bytes: Uint8Array; kind: "said" | "command" | "change" };
 
 /** How a server of ours confirms a line. */
 function kindOf(text: string, { length }: Uint8Array): Outgoing["kind"] {
-  if (/^\/nick\s/iu.test(text)) return "rename";
+  if (/^\/(?:nick|register|password|unregister)(?:\s|$)/iu.test(text)) return "change";
   const isTooLong = length > MAX_MESSAGE + 1; // with the newline
   return isTooLong || /^\/(?!\/)/.test(text) ? "command" : "said";
 }
@@ -506,6 +506,12 @@ export function createOutbox() {
       return lastSent;
     },
 
+    /** The change of our name or its password that is not answered yet, or "". */
+    get change() {
+      const last = underWay.at(-1);
+      return last?.kind === "change" ? Buffer.from(last.bytes).toString().trimEnd() : "";
+    },
+
     /** Adds a line. Resolves when nothing waits any more, or will be sent any more. */
     add(text: string): Promise<void> {
       flushed ??= Promise.withResolvers();
@@ -516,7 +522,7 @@ export function createOutbox() {
 
     /** Writes what waits, as far as the kernel takes it, and no more than may be unconfirmed. */
     writeTo(socket: Connection, isConfirmed: boolean): void {
-      while (bytesUnderWay < MAX_UNDER_WAY && underWay.at(-1)?.kind !== "rename") {
+      while (bytesUnderWay < MAX_UNDER_WAY && underWay.at(-1)?.kind !== "change") {
         const [line] = waiting;
         if (!line) {
           release();
@@ -541,7 +547,10 @@ export function createOutbox() {
      * @returns how many lines may be lost, because they are not sent again
      */
     handleLoss(): number {
-      const lost = unconfirmed + underWay.filter(isCommand).length;
+      const isSecret = ({ bytes }: Outgoing) => hasPassword(Buffer.from(bytes).toString());
+      const secrets = waiting.filter(isSecret).length; // the next connection may not be safe
+      const lost = unconfirmed + underWay.filter(isCommand).length + secrets;
+      waiting = waiting.filter((line) => !isSecret(line));
       underWay = underWay.filter(isSaid);
       bytesUnderWay = underWay.reduce((sum, { bytes }) => sum + bytes.length, 0);
       taken = 0;
@@ -777,9 +786,14 @@ export function createFollower(outbox: Outbox, recall = 0) {
 // Some servers let people register names, ours by "/register PASSWORD": see README.md, "Names that are
 // yours". A password is never shown, and kept in memory only, for the next connection.
 
-// A command that ends with a password.
+// A command that ends with a password. Blanks before it are a mistake, but the password is one.
 const WITH_PASSWORD =
   /^(?<before>\s*\/(?:register|password|nick\s+(?<name>\S+))\s)(?<password>.*\S.*)$/isu;
+
+/** Whether a line is a command with a password. */
+function hasPassword(line: string): boolean {
+  return line.startsWith("/") && WITH_PASSWORD.test(line.trimEnd());
+}
 
 /** Masks the password in a command. */
 export function hidePassword(text: string): string {
@@ -794,43 +808,56 @@ const UNREGISTERED = /^\* The name \S+ is not registered any more\.$/;
 /** A name and its password. */
 type Login = { name: string; password: string };
 
-/** Knows the password of our name, and the one that was offered last in a command. */
+/** What a command would make of our name and its password, or null if it has no password. */
+function readLogin(command: string, ownName: string): Login | null {
+  const { name = ownName, password } = WITH_PASSWORD.exec(command)?.groups ?? {};
+  return password === undefined ? null : { name, password };
+}
+
+/** Knows the password of our name, for the next connection. */
 export function createKeyring() {
   let known: Login | null = null;
-  let offered: Login | null = null;
-
-  /** The offered password is the one of this name. */
-  function confirm(name: string): void {
-    if (offered && isSameName(offered.name, name)) known = offered;
-    offered = null;
-  }
+  let possible: Login | null = null; // it was offered, and the answer was lost
 
   return {
     /** A new conversation begins, with a password or with none. */
     begin(name: string, password: string): void {
       known = password ? { name, password } : null;
-      offered = null;
+      possible = null;
     },
 
-    /** A line is sent. If it offers a password for no other name, it is for our own. */
-    offer(text: string, ownName: string): void {
-      const { name = ownName, password } = WITH_PASSWORD.exec(text)?.groups ?? {};
-      if (password !== undefined) offered = { name, password };
-    },
-
-    /** Takes a line of the server, which may be an answer. */
-    hear(line: string): void {
-      const [, confirmedName] = PASSWORD_SET.exec(line) ?? [];
-      if (confirmedName !== undefined) confirm(confirmedName);
+    /**
+     * Takes a line of the server, which may be the answer to a change of our name or its password.
+     * @param change the command that waits for its answer, or ""
+     */
+    hear(line: string, change: string, ownName: string): void {
+      const { who, renamed } = classify(line);
+      const [, confirmed = who === ownName ? renamed : undefined] = PASSWORD_SET.exec(line) ?? [];
+      const login = readLogin(change, ownName);
+      if (login && confirmed !== undefined && isSameName(login.name, confirmed)) known = login;
       if (UNREGISTERED.test(line)) known = null;
     },
 
-    /** Our name is another one from now on. */
-    handleRename: confirm,
+    /** The connection is lost, and perhaps an answer with it. */
+    handleLoss(change: string, ownName: string): void {
+      possible = readLogin(change, ownName);
+    },
 
     /** The password of a name, if it has one that we know. */
     passwordOf(name: string): string | undefined {
       return known && isSameName(known.name, name) ? known.password : undefined;
+    },
+
+    /** What we know is wrong. @returns whether there is another password to try */
+    tryAnother(name: string): boolean {
+      known = possible;
+      possible = null;
+      return known !== null && isSameName(known.name, name);
+    },
+
+    /** The name has no password any more. */
+    forget(): void {
+      known = null;
     },
   };
 }
@@ -863,10 +890,15 @@ const OUR_GREETING = "Welcome to bun-chat! What is your name?";
 const OLD_GREETING = "Welcome to the chat! What is your name?"; // of our servers without a history
 const NO_REASON = "The server closed the connection: the name may be taken or not allowed.";
 const LOST = "Connection lost.";
-const UNSAFE = "Passwords are sent only under TLS, or to this machine: others could read them.";
+const NOT_CONNECTED = "Not connected: the password was not sent.";
+const SENT_AWAY = "The server has ended our stay.";
+const UNSAFE =
+  "A password is sent only to a server of bun-chat, and under TLS or to this machine: it was not sent.";
 
 // What a server of ours says when a name has a password, and when it shows us out.
 const NEEDS_PASSWORD = /^\* The name \S+ is registered[.,]/;
+const NEEDS_NO_PASSWORD = /^\* The name \S+ is not registered,/;
+const BANNED = /^\* You are banned /;
 const SHOWN_OUT = /^\* You (?:have come in from elsewhere\.$|were (?:kicked|banned) by )/;
 const SAID_IN_DOUBT = "What you said last may not have arrived.";
 const ASKED_IN_DOUBT = "What you asked for last may not have arrived.";
@@ -915,10 +947,11 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   const unreachable = `Could not connect to ${formatEndpoint(host, port)}.`;
   let state: State = { at: "offline" };
   let goal: Goal = "enter";
+  let hasArrived = false; // we have been in the room since we joined
   let isBanished = false; // the server does not let us stay: there is no coming back
   let name = "";
   const keyring = createKeyring();
-  let isSafe = false; // whether nobody on the way can read what is sent
+  let isPrivate = false; // nobody on the way can read what is sent on this connection
   let tries = 0; // to get back
   let split = splitLines(MAX_LINE);
   let entered = Promise.withResolvers<{ refused?: string }>();
@@ -965,7 +998,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       socket.end(); // too late, or a second one: a host may have several addresses
       return;
     }
-    isSafe = Boolean(tls) || isThisMachine(socket);
+    isPrivate = Boolean(tls) || isThisMachine(socket);
     waitFor("greeting", socket);
   }
 
@@ -1017,9 +1050,14 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
 
   function introduce(socket: Connection): void {
     split = splitLines(MAX_LINE); // without the rest of a greeting that has no newline
-    const password = isSafe ? keyring.passwordOf(name) : undefined;
+    const password = isSafe() ? keyring.passwordOf(name) : undefined;
     waitFor("entering", socket, password === undefined ? PACE.silence : PACE.proof);
-    writeLine(socket, password === undefined ? name : `${name} ${password}`);
+    writeLine(socket, password === undefined ? name : cleanText(`${name} ${password}`));
+  }
+
+  /** Whether a password may be sent: to a server of ours, which does not tell it to everybody. */
+  function isSafe(): boolean {
+    return isPrivate && isFollowed;
   }
 
   function writeLine(socket: Connection, line: string): void {
@@ -1072,15 +1110,21 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     if (goal === "leave") change({ at: "leaving", socket, timer: waitForLastWords() });
     else change({ at: "joined", socket });
     tries = 0;
+    hasArrived = true;
     entered.resolve({});
     flush();
   }
 
   function hearRoom(lines: string[]): void {
-    for (const line of lines) {
-      keyring.hear(line);
-      isBanished ||= SHOWN_OUT.test(line) && goal !== "enter";
+    for (const line of lines) keyring.hear(line, outbox.change, name);
+    takeLines(lines);
+    if (lines.some((line) => SHOWN_OUT.test(line))) {
+      showLastWords([]);
+      endStay();
     }
+  }
+
+  function takeLines(lines: string[]): void {
     if (!isFollowed) {
       showPresent(lines.map(classify));
       return;
@@ -1107,7 +1151,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     for (const { who, renamed } of entries) {
       if (!renamed || who !== name) continue;
       name = copyOf(renamed);
-      keyring.handleRename(name);
     }
     show(entries);
   }
@@ -1147,7 +1190,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         refuse(allWords || NO_REASON);
         break;
       case "leaving":
-        if (isFollowed && !outbox.isSettled && !isBanished) {
+        if (isFollowed && !outbox.isSettled) {
           startOver(lastWords);
           break;
         }
@@ -1156,12 +1199,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         break;
       case "joined":
       case "catchingUp":
-        if (isBanished) {
-          showLastWords(lastWords);
-          endStay();
-        } else {
-          startOver(lastWords);
-        }
+        startOver(lastWords);
         break;
       default:
         change({ at: "offline" });
@@ -1176,6 +1214,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   /** The connection is lost. What has not arrived is sent again, or its loss is told. */
   function startOver(lastWords: string[]): void {
     showPresent(isFollowed ? follower.lose() : lastWords.map(classify));
+    keyring.handleLoss(outbox.change, name);
     const isRecent = isFollowed || outbox.lastSent > lastHeard - RECENT;
     const lost = outbox.handleLoss();
     if (lost > 0 && !screen.isPerson) isComplete = false;
@@ -1191,19 +1230,29 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     if (goal === "enter") {
       change({ at: "offline" });
       entered.resolve({ refused });
-    } else if (NEEDS_PASSWORD.test(refused)) {
-      screen.notice(refused); // it is somebody's now, or its password has been changed
-      endStay();
-    } else {
-      fail(refused); // it was ours a moment ago: the server has not noticed yet that we were gone
+      return;
     }
+
+    const hasAnother = NEEDS_PASSWORD.test(refused) && keyring.tryAnother(name);
+    if (NEEDS_NO_PASSWORD.test(refused)) keyring.forget();
+    if (hasAnother || NEEDS_NO_PASSWORD.test(refused)) connect();
+    else if (NEEDS_PASSWORD.test(refused) || BANNED.test(refused)) endStay(refused);
+    else fail(refused); // it was ours a moment ago: the server has not noticed yet that we were gone
   }
 
-  /** Ends the stay for good: to try again would be of no use. */
-  function endStay(): void {
-    change({ at: "offline" });
+  /**
+   * Ends the stay for good: to try again would be of no use.
+   * @param refused the words of the server, if they were not shown yet
+   */
+  function endStay(refused?: string): void {
+    hangUp();
     isBanished = true;
     outbox.release();
+    if (!hasArrived) {
+      entered.resolve({ refused: refused ?? SENT_AWAY });
+      return;
+    }
+    if (refused !== undefined) screen.notice(refused);
     if (goal === "leave") finishLeaving(false);
     else screen.endConversation();
   }
@@ -1229,10 +1278,6 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
     hangUp();
     if (goal === "enter") {
       entered.reject(new Error(reason));
-      return;
-    }
-    if (isBanished) {
-      endStay();
       return;
     }
     const seconds = Math.min(30, 2 ** tries) * (0.8 + Math.random() * 0.4);
@@ -1278,9 +1323,9 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       return isBanished;
     },
 
-    /** Whether a password may be sent: under TLS, or to this machine. */
+    /** Whether a password may be sent on this connection, or might have been on the last one. */
     get isSafe() {
-      return isSafe;
+      return isSafe();
     },
 
     /**
@@ -1292,6 +1337,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       name = cleanText(wanted).trim().normalize("NFKC"); // as the server takes it
       keyring.begin(name, password);
       isBanished = false;
+      hasArrived = false;
       goal = "enter";
       entered = Promise.withResolvers();
       follower = createFollower(outbox, recall);
@@ -1306,12 +1352,11 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
         screen.notice("The client does that itself.");
         return Promise.resolve();
       }
-      if (WITH_PASSWORD.test(text) && !isSafe) {
-        screen.notice(UNSAFE);
+      if (hasPassword(text) && (!isSafe() || state.at !== "joined")) {
+        screen.notice(state.at === "joined" ? UNSAFE : NOT_CONNECTED);
         if (!screen.isPerson) isComplete = false;
         return Promise.resolve();
       }
-      keyring.offer(text, name);
       const sent = outbox.add(text);
       flush();
       return sent;
@@ -1397,8 +1442,9 @@ export function createEditor(offer: (before: string) => string[]) {
   function kill(to: number): void {
     const isBeginning = Math.min(cursor, to) === 0;
     const wasPasted = isPasted && isBeginning;
+    const isSecret = WITH_PASSWORD.test(text);
     const erased = erase(to);
-    if (erased) killed = { text: erased, isPasted: wasPasted };
+    if (erased && !isSecret) killed = { text: erased, isPasted: wasPasted };
   }
 
   function recall(next: number): void {
@@ -1838,7 +1884,8 @@ function createKeyboard(display: Display, view: View) {
   let password: { editor: Editor; answer: (typed?: string) => void } | null = null; // being typed
   const entered: Line[] = []; // but not yet asked for
   let isOut = false; // we were shown out, and nobody has asked since
-  let input: "typing" | "pasting" | "ended" = "typing";
+  let input: "typing" | "pasting" | "dropping" | "ended" = "typing"; // the rest of a paste, or all
+  let isUnseen = false; // what is typed between a password and the next question: it may be one, too
   let question = "";
   let wake = () => {};
   let blankLine: Timer | undefined; // one that ends the program, unless more input follows
@@ -1848,7 +1895,7 @@ function createKeyboard(display: Display, view: View) {
     redraw = undefined;
     const waiting = entered.filter(({ from }) => from === "paste").length;
     const status = `${waiting} lines are on their way at the pace of the room; Ctrl+C stops them.`;
-    if (password) {
+    if (password || isUnseen) {
       display.draw({ ...NO_INPUT, prompt: question });
       return;
     }
@@ -1856,7 +1903,7 @@ function createKeyboard(display: Display, view: View) {
     display.draw({
       status: waiting > SHORT_PASTE ? status : "",
       prompt: question,
-      text: question === SAY ? hidePassword(text) : text,
+      text: hidePassword(text),
       cursor,
     });
   }
@@ -1905,7 +1952,8 @@ function createKeyboard(display: Display, view: View) {
 
   function enterTyped(): void {
     if (password) {
-      answerPassword(password.editor.text);
+      const isCancelled = password.editor.text === "";
+      if (!isCancelled || input === "typing") answerPassword(password.editor.text);
       return;
     }
 
@@ -1923,6 +1971,7 @@ function createKeyboard(display: Display, view: View) {
     return entered.filter(({ text }) => text.trim()).length;
   }
 
+  /** What was entered so far is not sent. */
   function dropEntered(): void {
     clearTimeout(blankLine);
     const unsent = countWaiting();
@@ -1930,11 +1979,19 @@ function createKeyboard(display: Display, view: View) {
     if (unsent > 0) view.notice(`${linesWere(unsent)} not sent.`);
   }
 
+  /** Drops what may be a password, because it was typed when one was asked for, or just before. */
+  function dropUnseen(): void {
+    dropEntered();
+    lineEditor.enter(false);
+    isUnseen = false;
+  }
+
   /** Ends the question for a password. */
   function answerPassword(typed?: string): void {
     if (!password) return;
     const { answer } = password;
     password = null;
+    isUnseen = true;
     view.print(question);
     question = "";
     draw();
@@ -1958,7 +2015,8 @@ function createKeyboard(display: Display, view: View) {
 
   /** Where the end marker of a paste is lost, Ctrl+C must still work. */
   function watchPaste(chunk: Uint8Array): void {
-    if (input !== "pasting" || chunk.length !== 1 || chunk[0] !== CTRL_C) return;
+    const isInPaste = input === "pasting" || input === "dropping";
+    if (!isInPaste || chunk.length !== 1 || chunk[0] !== CTRL_C) return;
     input = "typing";
     interrupt();
   }
@@ -1993,6 +2051,8 @@ function createKeyboard(display: Display, view: View) {
       return;
     }
 
+    if (input === "dropping" && name !== "paste-end") return;
+
     const text = typed === undefined || ctrl || meta ? "" : cleanText(typed);
     const isLiteral = text !== "" && (name !== "tab" || input === "pasting");
     if (isLiteral) insert(text);
@@ -2012,6 +2072,7 @@ function createKeyboard(display: Display, view: View) {
   return {
     /** Resolves with the next line entered, or undefined at the end of input or of the conversation. */
     async ask(asked: string): Promise<Line | undefined> {
+      if (isUnseen) dropUnseen();
       question = asked;
       draw();
       while (entered.length === 0 && input !== "ended" && !isOut)
@@ -2024,7 +2085,7 @@ function createKeyboard(display: Display, view: View) {
       if (asked === SAY) return line;
 
       question = "";
-      if (line) view.print(`${asked}${line.text}`);
+      if (line) view.print(`${asked}${hidePassword(line.text)}`);
       draw();
       return line;
     },
@@ -2035,8 +2096,7 @@ function createKeyboard(display: Display, view: View) {
      */
     async askPassword(asked: string): Promise<string | undefined> {
       if (input === "ended") return undefined;
-      dropEntered();
-      lineEditor.enter(false);
+      dropUnseen();
       const { promise, resolve } = Promise.withResolvers<string | undefined>();
       password = { editor: createEditor(() => []), answer: resolve };
       question = asked;
@@ -2044,10 +2104,14 @@ function createKeyboard(display: Display, view: View) {
       return promise;
     },
 
-    /** We were shown out: what waits cannot be sent any more. */
+    /**
+     * We were shown out: what waits cannot be sent any more, nor what is being pasted. A password that is
+     * being typed is typed to its end, unseen.
+     */
     endConversation(): void {
       dropEntered();
-      answerPassword();
+      lineEditor.enter(!WITH_PASSWORD.test(lineEditor.text)); // Up brings it back
+      if (input === "pasting") input = "dropping";
       isOut = true;
       wake();
       scheduleDraw();
@@ -2155,10 +2219,10 @@ const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at 
 const NO_BLANKS = "A name has no blanks. Its password is asked for.";
 const UNSAFE_NAME =
   "The name is registered, and passwords are sent only under TLS, or to this machine.";
+const PROOF = "Waiting for the server to answer. Ctrl+C ends at once.";
 const WRONG_PASSWORD = "The password is wrong.";
 const NO_PASSWORD =
   "The name is registered: give its password in the environment, as CHAT_PASSWORD.";
-const SENT_AWAY = "The server has ended our stay. Nothing after that was sent.";
 const NOT_A_COMMAND =
   "That was not sent, because it may hold a password. A command is typed, and begins with the slash.";
 const HELP = `Here also: /ignore NAME, and q, which leaves the chat. See bun client.ts --help.`;
@@ -2325,7 +2389,8 @@ async function tryToJoin(screen: Screen, room: Room, name: string) {
 async function joinAs(screen: Screen, room: Room, name: string): Promise<string | undefined> {
   let password = "";
   for (;;) {
-    const { refused } = await room.join(name, password);
+    const patience = setTimeout(() => screen.notice(PROOF), PACE.patience);
+    const { refused } = await room.join(name, password).finally(() => clearTimeout(patience));
     if (refused === undefined || !NEEDS_PASSWORD.test(refused)) return refused;
     if (!room.isSafe) return UNSAFE_NAME;
 
@@ -2346,7 +2411,7 @@ async function passOn(screen: Screen, room: Room, givenName: string): Promise<nu
 
   const next = await sendMessages(screen, room);
   const farewell = describe(await room.leave(), screen.isPerson);
-  const words = next === "out" ? farewell || SENT_AWAY : farewell;
+  const words = farewell || (next === "out" ? SENT_AWAY : "");
   if (words) screen.notice(words);
   return words ? 1 : 0;
 }
