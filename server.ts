@@ -109,6 +109,8 @@ const MIN_PASSWORD = 8; // characters
 const MAX_PASSWORD = 256;
 const GUESS_PRICE = 3; // s of credit of an address that a look at a password costs
 const MAX_GUESS_CREDIT = 10 * GUESS_PRICE; // so ten at once
+const HASHING_RATE = 1; // hashes a second of one address that do not make it wait for the others
+const HASHING_BURST = 1000; // ms' worth of them at once
 const REGISTER_RATE = 1 / 600; // names a second that one address may register
 const REGISTER_BURST = 40 * 60_000; // ms' worth of them in advance: four, beside the next one
 
@@ -216,6 +218,7 @@ class Server {
   isHashing = false; // one is being done
   bans: Ban[] = [];
   operators: Set<string>; // folded names
+  operatorLooks: Set<string>;
 
   constructor(
     readonly options: ServerOptions,
@@ -224,6 +227,7 @@ class Server {
   ) {
     this.said = history.lastSaid();
     this.operators = new Set(options.operators.map(foldName));
+    this.operatorLooks = new Set(options.operators.flatMap(allLooks));
   }
 }
 
@@ -298,6 +302,7 @@ class Address {
   arrivals = MAX_ARRIVALS; // connections that may be greeted at once
   waiting = new Set<Client>(); // connections that are not greeted yet, the first one first
   guessCredit = MAX_GUESS_CREDIT; // s
+  hashing: Account = { paidUntil: -Infinity };
   registrations: Account = { paidUntil: -Infinity };
   paidUntil = -Infinity; // ms; see `Account`
 
@@ -414,7 +419,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
      * Does what the person at the terminal of the server says, such as "/kick bob".
      * @returns the answer, or "" where there is none but what the room hears
      */
-    command: (line: string) => runConsoleCommand(server, line),
+    command: (line: string) => (stopped ? "" : runConsoleCommand(server, line)),
 
     /** Delivers what was said, tells everybody, and closes. Resolves within three seconds. */
     stop() {
@@ -606,15 +611,14 @@ function spellingKey(name: string): string {
   return `= ${foldName(name)}`;
 }
 
-/** How a name is read, how it looks, and how it looks in capitals: nobody else may have one of these. */
-function nameForms(name: string): [spelling: string, looks: string, capitals: string] {
-  return [foldName(name), lookOf(name), lookOf(name.toUpperCase())];
+/** The keys under which nobody else can have a name: how it is read, how it looks, and in capitals. */
+function nameKeys(name: string): string[] {
+  return [spellingKey(name), `~ ${lookOf(name)}`, `^ ${lookOf(name.toUpperCase())}`];
 }
 
-/** The same three, as keys of `room.owners`: the sign tells which is which. */
-function nameKeys(name: string): string[] {
-  const [, looks, capitals] = nameForms(name);
-  return [spellingKey(name), `~ ${looks}`, `^ ${capitals}`];
+/** How a name looks as it is typed, in small letters and in capitals: its owner may write it anyhow. */
+function allLooks(name: string): [typed: string, small: string, capitals: string] {
+  return [lookOf(name), lookOf(name.toLowerCase()), lookOf(name.toUpperCase())];
 }
 
 function isSameName(a: string, b: string): boolean {
@@ -1098,6 +1102,7 @@ function handleData(server: Server, client: Client, chunk: Buffer): void {
     detach(chunk);
   }
   if (!client.heldBack) readLines(server, client);
+  else if (client.unread.length > SLICE) client.socket.pause(); // a task is not done yet
   dropGreediest(server);
 }
 
@@ -1154,9 +1159,12 @@ function readLines(server: Server, client: Client): void {
 
     takeLine(server, client, bytes, start, end);
     start = newline + 1;
-    // Until it has what it has missed, or its password has been looked at.
-    if (client.following.is === "asked" || client.task !== null) {
-      holdBack(server, client, bytes.subarray(start));
+    if (client.following.is === "asked") {
+      holdBack(server, client, bytes.subarray(start)); // until it has what it has missed
+      return;
+    }
+    if (client.task !== null) {
+      waitForTask(server, client, bytes.subarray(start));
       return;
     }
   }
@@ -1217,10 +1225,21 @@ function readBeginning(server: Server, client: Client, beginning: Buffer): void 
 
 /** Stops reading from a client. TCP in its turn holds back the sender. */
 function holdBack(server: Server, client: Client, rest: Buffer): void {
+  keepRest(server, client, rest);
+  pause(client);
+}
+
+/** Keeps lines until a task is done, but goes on listening: a FIN shows that nobody waits for it. */
+function waitForTask(server: Server, client: Client, rest: Buffer): void {
+  keepRest(server, client, rest);
+  client.heldBack = true;
+  if (rest.length > SLICE) client.socket.pause();
+}
+
+function keepRest(server: Server, client: Client, rest: Buffer): void {
   // A view keeps its whole chunk in memory: copy when little is left of it.
   if (rest.length < client.unreadMemory / 2) keepUnread(server, client, Buffer.from(rest));
   else keepUnread(server, client, rest, client.unreadMemory);
-  pause(client);
 }
 
 function readOnAfter(wait: number, server: Server, client: Client): void {
@@ -1263,8 +1282,9 @@ function detach(bytes: Buffer): void {
 function takeLine(server: Server, client: Client, bytes: Buffer, start: number, end: number): void {
   client.sliceUsed += end - start + 1;
   if (client.phase === "naming") {
-    const login = splitLogin(bytes.toString("utf8", start, Math.min(end, start + MAX_LINE)));
-    proposeName(server, client, "join", login);
+    // No name and password are longer, and the end of a request must not be cut off.
+    const line = end - start > MAX_LINE ? "" : bytes.toString("utf8", start, end);
+    proposeName(server, client, "join", splitLogin(line));
     return;
   }
   if (end - start > MAX_LINE) {
@@ -1812,11 +1832,17 @@ function normalizePassword(typed: string): string {
 /** The accounts in a database. All functions throw what SQLite throws. */
 function openAccounts(database: Database) {
   const statements = {
-    select: database.query<{ name: string; hash: string }, [string, string, string]>(
-      "SELECT name, hash FROM accounts WHERE name = ? OR looks = ? OR capitals = ?",
+    select: database.query<{ hash: string }, [name: string]>(
+      "SELECT hash FROM accounts WHERE name = ?",
     ),
-    insert: database.query<null, [string, string, string, string]>(
-      "INSERT INTO accounts (name, looks, capitals, hash) VALUES (?, ?, ?, ?)",
+    selectAlike: database.query<{ name: string }, [string, string, string, string]>(
+      "SELECT name FROM looks WHERE look IN (?, ?, ?) AND name <> ? LIMIT 1",
+    ),
+    insert: database.query<null, [name: string, hash: string]>(
+      "INSERT INTO accounts (name, hash) VALUES (?, ?)",
+    ),
+    insertLook: database.query<null, [look: string, name: string]>(
+      "INSERT OR IGNORE INTO looks (look, name) VALUES (?, ?)",
     ),
     update: database.query<null, [hash: string, name: string]>(
       "UPDATE accounts SET hash = ? WHERE name = ?",
@@ -1824,10 +1850,20 @@ function openAccounts(database: Database) {
     remove: database.query<null, [name: string]>("DELETE FROM accounts WHERE name = ?"),
   };
 
+  function insert(name: string, hash: string): void {
+    statements.insert.run(foldName(name), hash);
+    for (const look of allLooks(name)) statements.insertLook.run(look, foldName(name));
+  }
+
   return {
-    /** The account of a name, and those with a name that looks like it. */
-    findAlike: (name: string) => statements.select.all(...nameForms(name)),
-    add: (name: string, hash: string) => statements.insert.run(...nameForms(name), hash),
+    /** The hash of a name's password, or undefined for one that is not registered. */
+    find: (name: string) => statements.select.get(foldName(name))?.hash,
+
+    /** Whether a name looks like another one that is registered. */
+    hasAlike: (name: string) =>
+      statements.selectAlike.get(...allLooks(name), foldName(name)) !== null,
+
+    add: (name: string, hash: string) => database.transaction(insert).immediate(name, hash),
     change: (name: string, hash: string) => statements.update.run(hash, foldName(name)),
     remove: (name: string) => statements.remove.run(foldName(name)),
   };
@@ -1837,12 +1873,9 @@ function lookUp(server: Server, typedName: string): Standing {
   const name = normalizeName(typedName);
   if (!server.accounts || !isName(name)) return { is: "free" };
   try {
-    const accounts = server.accounts.findAlike(name);
-    const spelling = foldName(name);
-    if (accounts.some((account) => account.name !== spelling)) return { is: "alike" };
-
-    const [account] = accounts;
-    return account ? { is: "registered", hash: account.hash } : { is: "free" };
+    if (server.accounts.hasAlike(name)) return { is: "alike" };
+    const hash = server.accounts.find(name);
+    return hash === undefined ? { is: "free" } : { is: "registered", hash };
   } catch (error) {
     server.options.logError?.(`The registered names cannot be read: ${reasonOf(error)}.`);
     return { is: "unknown" };
@@ -1864,7 +1897,7 @@ function proposeName(
   const event = { type, clientId: client.id, name };
   const standing = lookUp(server, name);
 
-  if (password === undefined) {
+  if (password === undefined || isNameOf(server, client, name)) {
     const why = checkUnproved(server, client, event, standing) ?? checkBan(server, client, event);
     if (why === null) propose(server, client, event);
     else refuse(server, client, event, why);
@@ -1891,19 +1924,23 @@ function checkUnproved(
   standing: Standing,
 ): string | null {
   const name = normalizeName(event.name);
-  const isOwn = isSameName(name, nameOf(server.room, client.id));
   switch (standing.is) {
     case "registered":
-      if (isOwn) return null; // in other letters
+      if (isNameOf(server, client, name)) return null; // in other letters
       return isSafe(server, client) ? explainRegistered(event) : explainUnsafe(name);
     case "alike":
       return `* The name ${name} looks like one that is registered.`;
     case "unknown":
       return NAMES_UNKNOWN;
     case "free":
-      if (client.isLocal || !server.operators.has(foldName(name))) return null;
+      if (client.isLocal || !isKeptForOperator(server, name)) return null;
       return `* The name ${name} is kept for an operator, who registers it on the machine of the server.`;
   }
+}
+
+/** Whether a client has this name already, in whatever letters. */
+function isNameOf({ room }: Server, client: Client, name: string): boolean {
+  return isSameName(normalizeName(name), nameOf(room, client.id));
 }
 
 function explainUnsafe(name: string): string {
@@ -1941,17 +1978,29 @@ function proveName(
     const strongerHash = isRight && isWeak(hash) ? await hashPassword(typed) : null;
 
     return () => {
-      const standing = lookUp(server, event.name);
-      const isUnchanged = standing.is === "registered" && standing.hash === hash; // in the meantime
-      if (!isRight || !isUnchanged) {
+      const standing = lookUp(server, event.name); // somebody may have changed it in the meantime
+      if (standing.is !== "registered") {
+        refuse(server, client, event, explainUnregistered(event, standing));
+        return;
+      }
+      if (!isRight || standing.hash !== hash) {
         refuse(server, client, event, explainRegistered(event));
         return;
       }
       addGuessCredit(client, GUESS_PRICE); // it was no guess
+      if (hasGivenUp(client)) {
+        dismiss(server, client); // it would throw out somebody, and leave
+        return;
+      }
       if (strongerHash) changeAccounts(server, ({ change }) => change(event.name, strongerHash));
       takeOver(server, client, event);
     };
   });
+}
+
+/** Whether a client has sent its FIN, and no line behind its password. */
+function hasGivenUp({ finReceived, unread }: Client): boolean {
+  return finReceived && !unread.includes(NEWLINE);
 }
 
 /** The name may be in use, by somebody with the same password: that connection ends. */
@@ -2001,7 +2050,9 @@ function register(server: Server, client: Client, typed: string): void {
   addTask(server, client, async () => {
     const hash = await hashPassword(password);
     return () => {
-      const problem = changeAccounts(server, ({ add }) => add(name, hash));
+      const problem =
+        checkRegistration(server, client, name) ??
+        changeAccounts(server, ({ add }) => add(name, hash));
       if (problem !== null) {
         answer(server, client, problem);
         return;
@@ -2089,9 +2140,9 @@ function unregister(server: Server, client: Client): void {
 function changeAccounts(server: Server, change: (accounts: Accounts) => void): string | null {
   const { accounts, history, options } = server;
   if (!accounts) return IN_MEMORY_ONLY;
-  if (history.isFailing) return "* Nothing can be stored now. Try again later.";
   try {
     change(accounts);
+    history.keepStamp();
     return null;
   } catch (error) {
     const reason = reasonOf(error);
@@ -2119,24 +2170,30 @@ async function doTasks(server: Server): Promise<void> {
   server.isHashing = false;
 }
 
-/** Takes the next task that its address can pay for. The address with most credit comes first. */
+/**
+ * Takes the next task that its address can pay for. The one of the address for which least was done
+ * comes first, and one of a client that may have gone comes last.
+ */
 function takeTask(server: Server): Task | undefined {
   server.tasks = server.tasks.filter(({ client }) => client.phase !== "closing");
 
   let next: Task | undefined;
   for (const task of server.tasks) {
-    const isAffordable = creditOf(task) >= GUESS_PRICE;
-    if (isAffordable && (!next || creditOf(task) > creditOf(next))) next = task;
+    const isAffordable = (task.client.address?.guessCredit ?? 0) >= GUESS_PRICE;
+    if (isAffordable && (!next || rankOf(task) < rankOf(next))) next = task;
   }
   if (!next) return undefined;
 
   server.tasks.splice(server.tasks.indexOf(next), 1);
   addGuessCredit(next.client, -GUESS_PRICE);
+  if (next.client.address) spend(next.client.address.hashing, 1, HASHING_RATE, HASHING_BURST);
   return next;
 }
 
-function creditOf({ client }: Task): number {
-  return client.address?.guessCredit ?? 0;
+/** The lower, the sooner. */
+function rankOf({ client }: Task): number {
+  const { paidUntil } = client.address?.hashing ?? { paidUntil: 0 };
+  return hasGivenUp(client) ? Infinity : Math.max(paidUntil, performance.now() - HASHING_BURST);
 }
 
 function addGuessCredit({ address }: Client, seconds: number): void {
@@ -2184,14 +2241,25 @@ const CONSOLE_COMMANDS: readonly Command<Operator>[] = [
   { name: "/say", parameters: "TEXT", help: "says something to everybody", run: say },
 ];
 
-/** Says what is to be done for operators that have no account yet. */
+/** Says what is to be done for operators that have no account. */
 function logMissingOperators(server: Server): void {
   for (const name of server.options.operators) {
-    if (lookUp(server, name).is !== "free") continue;
-    server.options.log?.(
-      `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
-    );
+    const { is } = lookUp(server, name);
+    if (is === "free")
+      server.options.log?.(
+        `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
+      );
+    if (is === "alike")
+      server.options.log?.(
+        `The operator ${name} cannot be registered: the name looks like one that is.`,
+      );
   }
+}
+
+/** Whether a name that nobody has registered is an operator's, or looks like one. */
+function isKeptForOperator(server: Server, name: string): boolean {
+  if (server.operators.size === 0 || !isName(name)) return false;
+  return allLooks(name).some((look) => server.operatorLooks.has(look));
 }
 
 function isOperator(server: Server, client: Client): boolean {
@@ -2281,7 +2349,6 @@ function banClient(server: Server, operator: Operator, client: Client, minutes: 
   const { name = "", keys = [] } = server.room.people.get(client.id) ?? {};
   const address = client.isLocal ? "" : (client.address?.key ?? "");
   const until = performance.now() + minutes * 60_000;
-  server.bans = server.bans.filter((ban) => !isSameName(ban.name, name));
   server.bans.push({ name, keys, address, until });
 
   const how = `banned by ${operator.name} for ${formatMinutes(minutes)}`;
@@ -2311,7 +2378,11 @@ function unban(server: Server, operator: Operator, name: string): void {
     operator.answer(name ? `* ${name} is not banned.` : "* Say it like this: /unban NAME");
     return;
   }
-  server.bans = server.bans.filter((other) => other !== ban);
+  // Bans of others at the same address are left for their names.
+  const isSameAddress = ({ address }: Ban) => address === ban.address;
+  server.bans = server.bans
+    .filter((other) => other !== ban)
+    .map((other) => (isSameAddress(other) ? { ...other, address: "" } : other));
   announce(server, `${ban.name} is not banned any more (unbanned by ${operator.name}).`);
 }
 
@@ -2343,11 +2414,11 @@ type History = ReturnType<typeof openHistory>;
 // Entry N upgrades a file from version N to N + 1.
 const SCHEMA = [
   "CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT",
-  `CREATE TABLE accounts (
-     name TEXT PRIMARY KEY, looks TEXT NOT NULL, capitals TEXT NOT NULL, hash TEXT NOT NULL
+  `CREATE TABLE accounts (name TEXT PRIMARY KEY, hash TEXT NOT NULL) STRICT, WITHOUT ROWID;
+   CREATE TABLE looks (
+     look TEXT, name TEXT REFERENCES accounts ON DELETE CASCADE, PRIMARY KEY (look, name)
    ) STRICT, WITHOUT ROWID;
-   CREATE UNIQUE INDEX looks ON accounts (looks);
-   CREATE UNIQUE INDEX capitals ON accounts (capitals)`,
+   CREATE INDEX names ON looks (name)`,
 ];
 const IN_MEMORY = ":memory:";
 const APPLICATION_ID = 0x62_75_6e_63; // "bunc", in bytes 68 to 71 of the file (SQLite, file format)
@@ -2459,9 +2530,9 @@ function openHistory({ db: file, logError }: ServerOptions) {
       return position;
     },
 
-    /** Whether the last batch could not be stored. Then nothing may touch the file. */
-    get isFailing() {
-      return failure !== null;
+    /** Something else was stored in the file, which must still tell that a batch is missing. */
+    keepStamp(): void {
+      if (failure) stamp(file, INCOMPLETE);
     },
 
     forgetBefore,
@@ -2617,6 +2688,7 @@ function prepareDatabase(path: string): Database {
     // An end of the process loses nothing that was stored; a power failure may lose the last seconds.
     database.run("PRAGMA journal_mode = WAL");
     database.run("PRAGMA synchronous = NORMAL");
+    database.run("PRAGMA foreign_keys = ON");
     if (path !== IN_MEMORY) database.run("PRAGMA secure_delete = ON"); // overwrites what is forgotten
     lastPosition(database); // throws if the table cannot be read
     return database;
@@ -2978,10 +3050,12 @@ function sweepAddress(server: Server, address: Address): void {
 }
 
 /** Whether nothing has to be remembered of an address. */
-function hasAllCredit({ connections, guessCredit, registrations, paidUntil }: Address): boolean {
+function hasAllCredit(address: Address): boolean {
+  const { connections, guessCredit, paidUntil, hashing, registrations } = address;
   const now = performance.now();
-  const hasPaid = paidUntil < now - BURST && registrations.paidUntil < now - REGISTER_BURST;
-  return connections === 0 && guessCredit === MAX_GUESS_CREDIT && hasPaid;
+  const hasPaid = paidUntil < now - BURST && hashing.paidUntil < now - HASHING_BURST;
+  const mayRegister = registrations.paidUntil < now - REGISTER_BURST;
+  return connections === 0 && guessCredit === MAX_GUESS_CREDIT && hasPaid && mayRegister;
 }
 
 function findAddress(server: Server, host: string): Address {
@@ -3134,10 +3208,7 @@ export function main(): void {
   }
 
   if (process.stdin.isTTY) {
-    attendTerminal((line) => {
-      const answer = server.command(line);
-      if (answer) print(answer);
-    });
+    attendTerminal(print, server.command);
   }
   process.on("SIGINT", () => shutDown(0));
   process.on("SIGTERM", () => shutDown(0));
@@ -3146,10 +3217,10 @@ export function main(): void {
 }
 
 /**
- * Calls back with each line that is typed at the terminal, while that belongs to the server. Reading in
- * the background (`bun server.ts &`) would stop the process.
+ * Prints the answer to each line that is typed at the terminal, while that belongs to the server. Reading
+ * in the background (`bun server.ts &`) would stop the process.
  */
-function attendTerminal(handleLine: (line: string) => void): void {
+function attendTerminal(print: (text: string) => void, answer: (line: string) => string): void {
   const { stdin } = process;
   let typed = "";
 
@@ -3157,8 +3228,12 @@ function attendTerminal(handleLine: (line: string) => void): void {
   stdin.on("data", (chunk) => {
     const lines = (typed + chunk).split("\n");
     typed = lines.pop() ?? "";
-    for (const line of lines) handleLine(line);
+    for (const line of lines) {
+      const answers = answer(line);
+      if (answers) print(answers);
+    }
   });
+  stdin.on("end", () => print("No more commands are read from this terminal."));
   stdin.on("error", () => {}); // the terminal is gone, and the chat goes on
 
   function attend(): void {
@@ -3168,6 +3243,10 @@ function attendTerminal(handleLine: (line: string) => void): void {
 
   attend();
   process.on("SIGCONT", attend);
+  process.on("SIGTSTP", () => {
+    stdin.pause(); // before `bg` can make it read in the background
+    process.kill(process.pid, "SIGSTOP");
+  });
   setInterval(attend, 1000).unref(); // after `fg` there may be no signal
 }
 
@@ -3235,7 +3314,8 @@ function readOptions() {
 /** @throws TypeError when one of them is no name */
 function readNames(text: string): string[] {
   const names = text.split(",").map((name) => normalizeName(name.trim()));
-  if (names.every(isName)) return names;
+  const isFree = (name: string) => checkPerson(new Room(), 0, createPerson(name)) === null;
+  if (names.every(isFree)) return names;
   throw new TypeError(
     `--operators takes names with commas between them, not ${JSON.stringify(text)}`,
   );
