@@ -1020,7 +1020,9 @@ async function answersTo(peer: Peer, line: string): Promise<string[]> {
 async function refusalOf(server: Address, firstLine: string): Promise<string[]> {
   const peer = await greeted(server);
   peer.send(`${firstLine}\n`);
-  return await peer.rest();
+  const heard = await peer.rest();
+  peer.socket.end();
+  return heard;
 }
 
 const PASSWORD = "correct horse"; // of alice
@@ -1059,9 +1061,12 @@ function withAlice(...changes: string[]): string {
   return file;
 }
 
-/** The hash of alice's password in the file of a room, which is closed first. */
-async function hashOfAlice(room: Server, file: string): Promise<string> {
-  for (const { socket } of room.clients) socket.terminate();
+/** The same with another hash of the password. */
+const withHash = (hash: string) => withAlice(`UPDATE accounts SET hash = '${hash}'`);
+
+/** The hash of alice's password in the file of a room, which all leave first. */
+async function hashOfAlice(room: Server, file: string, ...peers: Peer[]): Promise<string> {
+  for (const { socket } of peers) socket.terminate();
   await room.stop();
   using database = new Database(file);
   const account = database.query<{ hash: string }, []>("SELECT hash FROM accounts").get();
@@ -4745,8 +4750,8 @@ describe("a registered name", () => {
     const file = withAlice();
     const room = open({ db: file });
     expect(await refusalOf(room, "alice")).toEqual([askedFor("alice")]);
-    await enter(room, LOGIN);
-    expect(await hashOfAlice(room, file)).toMatch(/^\$argon2id\$v=19\$m=19456,t=2,p=1\$/);
+    const alice = await enter(room, LOGIN);
+    expect(await hashOfAlice(room, file, alice)).toMatch(/^\$argon2id\$v=19\$m=19456,t=2,p=1\$/);
   });
 
   test.each([
@@ -4866,6 +4871,27 @@ describe("a registered name", () => {
     await enter(room, "alice first horse");
   });
 
+  test("is one of five from one address; the next one has to wait for ten minutes", async () => {
+    jest.useFakeTimers();
+    const room = open({ db: newFile(), rate: 10, maxPerAddress: 9 });
+    const alice = await enter(room, "alice");
+    const register = async (name: string) => {
+      alice.send(`/nick ${name}\n`);
+      await alice.until(/ is now called /);
+      alice.send(`/register ${PASSWORD}\n`);
+      const answer = await alice.line();
+      await pass(30); // a try costs as much as one to come in
+      return answer;
+    };
+    const names = ["bob", "carol", "dave", "erin", "frank"];
+    for (const name of names) expect(await register(name)).toBe(registered(name));
+    const why = "* Too many names were registered from your address. Try again in ten minutes.";
+    expect(await register("grace")).toBe(why);
+    await pass(450);
+    expect(await register("heidi")).toBe(registered("heidi"));
+    expect(await register("ivan")).toBe(why);
+  });
+
   test("is only in a file: without one, people are told how to start a server with it", async () => {
     const room = open();
     const alice = await enter(room, "alice");
@@ -4889,15 +4915,13 @@ describe("a registered name", () => {
     ["the end of an HTTP request", "/index HTTP/1.1", "* A password does not end like that."],
     ["the end of an HTTP/2 request", "/index HTTP/2", "* A password does not end like that."],
   ])("cannot have this as its password: %s", async (_, password, why) => {
-    const [alice, bob] = await enterAll(open({ db: withAlice() }), LOGIN, "bob");
-    for (const [peer, command] of [
-      [alice, "/password NEW"],
-      [bob, "/register PASSWORD"],
-    ] as const) {
-      const [word = ""] = command.split(" ");
-      const answer = why ?? `* Say it like this: ${command}`;
-      expect(await answersTo(peer, `${word} ${password}`)).toEqual([answer]);
+    const bob = await enter(open({ db: newFile() }), "bob");
+    for (const usage of ["/register PASSWORD", "/password NEW"]) {
+      const command = usage.replace(/[A-Z]+/, password);
+      const answer = why ?? `* Say it like this: ${usage}`;
+      expect(await answersTo(bob, command)).toEqual([answer]);
     }
+    expect(await answersTo(bob, "/unregister")).toEqual(["* The name bob is not registered."]);
   });
 
   test("is not had by the request of a web page, even if it is GET", async () => {
@@ -5099,6 +5123,10 @@ describe("while a password is looked at", () => {
 
 describe("guessing a password", () => {
   const WRONG = "alice wrong horse";
+  const withCheapHash = async () => {
+    const how = { algorithm: "argon2id", memoryCost: 8, timeCost: 1 } as const;
+    return withHash(await Bun.password.hash(PASSWORD, how));
+  };
 
   /** So many try to come in at once. Resolves when all of them have been greeted and have spoken. */
   async function guess(room: Server, count: number, firstLine = WRONG): Promise<Peer[]> {
@@ -5120,7 +5148,7 @@ describe("guessing a password", () => {
 
   test("waits after ten tries of one address, each for three seconds", async () => {
     jest.useFakeTimers();
-    const room = open({ db: withAlice() });
+    const room = open({ db: await withCheapHash() });
     const guessers = await guess(room, 12);
     await refusedAre(guessers, 10);
     await pass(2.9);
@@ -5135,7 +5163,7 @@ describe("guessing a password", () => {
   });
 
   test("does not keep the owner out, who comes from elsewhere", async () => {
-    const [room, bob] = await gather(open({ db: withAlice() }), "bob");
+    const [room, bob] = await gather(open({ db: await withCheapHash() }), "bob");
     const guessers = await guess(room, 15);
     await refusedAre(guessers, 10);
 
@@ -5150,7 +5178,7 @@ describe("guessing a password", () => {
 
   test("gives a right one its try back, so nobody who knows it waits", async () => {
     jest.useFakeTimers();
-    const room = open({ db: withAlice() });
+    const room = open({ db: await withCheapHash() });
     await refusedAre(await guess(room, 9), 9);
     for (let time = 0; time < 3; time++) await enter(room, LOGIN);
     const guessers = await guess(room, 2);
@@ -5159,7 +5187,7 @@ describe("guessing a password", () => {
 
   test("by /nick costs the same, and the rest of the line waits for it", async () => {
     jest.useFakeTimers();
-    const [room, bob, carol] = await gather(open({ db: withAlice() }), "bob", "carol");
+    const [room, bob, carol] = await gather(open({ db: await withCheapHash() }), "bob", "carol");
     await refusedAre(await guess(room, 9), 9);
     bob.send("/nick alice wrong horse\n/nick alice wrong horse\nhello\n");
     await bob.line();
@@ -5189,7 +5217,6 @@ describe("guessing a password", () => {
 });
 
 describe("a hash in the file", () => {
-  const store = (hash: string) => withAlice(`UPDATE accounts SET hash = '${hash}'`);
   const TODAY = /^\$argon2id\$v=19\$m=19456,t=2,p=1\$/;
 
   test.each([
@@ -5200,13 +5227,12 @@ describe("a hash in the file", () => {
     ["bcrypt", { algorithm: "bcrypt", cost: 4 }],
   ] as const)("of %s is made anew when its owner comes in", async (_, how) => {
     const old = await Bun.password.hash(PASSWORD, how);
-    const file = store(old);
+    const file = withHash(old);
     const room = open({ db: file });
     expect(await refusalOf(room, "alice wrong horse")).toEqual([askedFor("alice")]);
-    await enter(room, LOGIN);
-    await enter(room, LOGIN); // by the new one
-    const hash = await hashOfAlice(room, file);
-    expect(hash).toMatch(TODAY);
+    const alice = await enter(room, LOGIN);
+    const again = await enter(room, LOGIN); // by the new one
+    expect(await hashOfAlice(room, file, alice, again)).toMatch(TODAY);
   });
 
   test.each([
@@ -5214,15 +5240,15 @@ describe("a hash in the file", () => {
     ["that is better", { memoryCost: 20_000, timeCost: 3 }],
   ])("%s stays, as it does when a wrong password comes", async (_, how) => {
     const old = await Bun.password.hash(PASSWORD, { algorithm: "argon2id", ...how });
-    const file = store(old);
+    const file = withHash(old);
     const room = open({ db: file });
-    await enter(room, LOGIN);
-    expect(await hashOfAlice(room, file)).toBe(old);
+    const alice = await enter(room, LOGIN);
+    expect(await hashOfAlice(room, file, alice)).toBe(old);
   });
 
   test("that is weak stays when a wrong password comes", async () => {
     const old = await Bun.password.hash(PASSWORD, { algorithm: "bcrypt", cost: 4 });
-    const file = store(old);
+    const file = withHash(old);
     const room = open({ db: file });
     await refusalOf(room, "alice wrong horse");
     expect(await hashOfAlice(room, file)).toBe(old);
@@ -5235,7 +5261,7 @@ describe("a hash in the file", () => {
     "$argon2id$v=19$m=0,t=0,p=0$YQ$YQ",
     "$2b$04$x",
   ])("that cannot be read fits no password: %j", async (hash) => {
-    const room = open({ db: store(hash) });
+    const room = open({ db: withHash(hash) });
     expect(await refusalOf(room, LOGIN)).toEqual([askedFor("alice")]);
     expect(await refusalOf(room, `alice x${hash}`)).toEqual([askedFor("alice")]);
   });
@@ -5756,6 +5782,99 @@ describe("the terminal of the server", () => {
   });
 });
 
+describe.concurrent("bun server.ts --operators", () => {
+  const COMMAND = [process.execPath, "server.ts", "--port", "0"];
+
+  const NEEDS_DB = "--operators goes together with --db, where names are registered";
+  const names = (given: string) =>
+    `--operators takes names with commas between them, not ${JSON.stringify(given)}`;
+  test.each([
+    ["--operators alice", NEEDS_DB],
+    ["--operators=", NEEDS_DB],
+    ["--operators= --db FILE", names("")],
+    ["--operators alice, --db FILE", names("alice,")],
+    ["--operators alice;bob --db FILE", names("alice;bob")],
+    [`--operators ${"a".repeat(33)} --db FILE`, names("a".repeat(33))],
+  ])("is wrong usage: %s", async (options, why) => {
+    const file = newFile();
+    const words = options.replace("FILE", file).split(" ");
+    const result = await inPipe([...COMMAND, ...words]).result();
+    expect(result).toEqual({ code: 2, out: "", err: `${why}. See bun server.ts --help.\n` });
+    expect(fs.existsSync(file)).toBe(false);
+  });
+
+  test("says who has to register, and how", async () => {
+    const server = await serve("--db", withAlice(), "--operators", "alice, Øyvind ,Zoe\u0308");
+    const hints = server.out.text.matchAll(/ (The operator .*)\n/g);
+    expect(Array.from(hints, ([, hint]) => hint)).toEqual(
+      ["Øyvind", "Zoë"].map(
+        (name) =>
+          `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
+      ),
+    );
+    const alice = await enter(server, LOGIN);
+    expect(await answersTo(alice, "/bans")).toEqual(["* Nobody is banned."]);
+  });
+
+  test("does what is typed at the terminal, and goes on after Ctrl+D", async () => {
+    const server = inTerminal(COMMAND);
+    const [, port] = await server.out.until(/running on 127\.0\.0\.1:(\d+), waiting/);
+    await server.prints("/who\n", "* 0 people are here:");
+    const peers = await enterAll({ port: Number(port) }, "alice", "bob", "carol");
+    const [alice, bob, carol] = peers;
+    await server.prints("/say hello\n/who\n", `* 3 people are here: alice, bob, carol`);
+    await alice.until("* The server says: hello");
+    await server.prints("/kick carol\n", "carol from clients (kicked by the server)");
+    await carol.until("* You were kicked by the server");
+
+    server.type("\x04");
+    await stillServes({ port: Number(port) }, alice, bob);
+    for (const peer of peers) peer.socket.terminate();
+    server.child.kill("SIGTERM");
+    await server.ends(0, "Server is shutting down");
+  });
+
+  const ORDERS = `${folder}/orders`;
+  test.each(["/dev/null", ORDERS, `<(cat ${ORDERS})`])(
+    "does nothing that comes from elsewhere: %s",
+    async (input) => {
+      await Bun.write(ORDERS, "/say hello\n/kick alice\n/ban bob\n");
+      const script = `exec "$0" server.ts --port 0 --quiet < ${input}`;
+      const server = await serveBy(["bash", "-c", script, process.execPath]);
+      const [alice, bob] = await enterAll(server, "alice", "bob");
+      await stillServes(server, alice, bob);
+      expect(await alice.ping()).toEqual([
+        "* latecomer has joined the chat",
+        "* latecomer has left the chat",
+      ]);
+      for (const peer of [alice, bob]) peer.socket.terminate();
+      server.child.kill("SIGTERM");
+      expect((await server.result()).code).toBe(0);
+    },
+  );
+
+  test("leaves the terminal to a shell that has started it in the background, until fg", async () => {
+    const shell = inTerminal(["bash", "--norc", "-i"], { env: { PS1: "$ " } });
+    shell.type(`${COMMAND.join(" ")} &\n`);
+    const [, port] = await shell.out.until(/running on 127\.0\.0\.1:(\d+), waiting/);
+    await shell.prints("/say-hello\n", "/say-hello: No such file");
+    await shell.prints("jobs\n", /\[1\]\+ +Running /);
+    const [alice, bob] = await enterAll({ port: Number(port) }, "alice", "bob");
+
+    shell.type("fg\n/say hello\n");
+    for (const peer of [alice, bob]) expect(await peer.line()).toBe("* The server says: hello");
+
+    await shell.prints("\x1a", /\[1\]\+ +Stopped /);
+    await shell.prints("bg\n", /\[1\]\+ /);
+    await stillServes({ port: Number(port) }, alice, bob); // it has seen that it goes on
+    await shell.prints("/say-more\n", "/say-more: No such file");
+    await shell.prints("jobs\n", /\[1\]\+ +Running /);
+    expect(await alice.ping()).toHaveLength(2); // arrivals
+    for (const peer of [alice, bob]) peer.socket.terminate();
+    await shell.prints("kill %1; wait\n", "Server is shutting down");
+  });
+});
+
 // --- 17. Faults --------------------------------------------------------------------------------
 
 /** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
@@ -5895,5 +6014,106 @@ describe("a machine that has vanished", () => {
     const look = () => timer.exec(fs.readFileSync("/proc/net/tcp", "latin1"));
     while (!look()) await turns(1);
     expect(Number(`0x${look()?.[1]}`)).toBeWithin(4000, 4501);
+  });
+});
+
+describe("registered names", () => {
+  /** A trigger by which SQLite refuses a change. */
+  const refuse = (change: string) =>
+    `CREATE TRIGGER refuse BEFORE ${change} BEGIN SELECT RAISE(ABORT, 'on purpose'); END`;
+
+  const CHANGED = "The registered names cannot be changed: on purpose.";
+
+  test.each([
+    ["registered", "INSERT ON accounts", "bob", "/register another horse"],
+    ["changed", "UPDATE ON accounts", LOGIN, "/password another horse"],
+    ["given up", "DELETE ON accounts", LOGIN, "/unregister"],
+  ])("that cannot be %s stay as they are", async (_, change, login, command) => {
+    const { room, problems } = openLogged({ db: withAlice(refuse(change)) });
+    const peer = await enter(room, login);
+    const answer = "* That could not be stored: on purpose.";
+    expect(await answersTo(peer, command)).toEqual([answer]);
+    expect(problems.splice(0)).toEqual([CHANGED]);
+    peer.send("/quit\n");
+    await peer.rest();
+    await enter(room, "bob");
+    await enter(room, LOGIN);
+  });
+
+  test("cannot be changed while the history cannot be stored", async () => {
+    const db = withAlice(refuse("INSERT ON history"));
+    const { room, problems } = openLogged({ db });
+    const [alice, bob] = await enterAll(room, LOGIN, "bob");
+    const answer = ["* Nothing can be stored now. Try again later."];
+    expect(await answersTo(alice, "/password another horse")).toEqual(answer);
+    expect(await answersTo(alice, "/unregister")).toEqual(answer);
+    expect(await answersTo(bob, "/register another horse")).toEqual(answer);
+    expect(problems.splice(0)).toEqual([
+      "The history cannot be stored: on purpose. The chat goes on.",
+    ]);
+    await enter(room, LOGIN);
+  });
+
+  test("are had by their password when a better hash of it cannot be stored", async () => {
+    const weak = await Bun.password.hash(PASSWORD, { algorithm: "bcrypt", cost: 4 });
+    const change = `UPDATE accounts SET hash = '${weak}'`;
+    const file = withAlice(change, refuse("UPDATE ON accounts"));
+    const { room, problems } = openLogged({ db: file });
+    const alice = await enter(room, LOGIN);
+    expect(problems.splice(0)).toEqual([CHANGED]);
+    expect(await hashOfAlice(room, file, alice)).toBe(weak);
+  });
+
+  const UNKNOWN = "* The registered names cannot be looked up now. Try again later.";
+
+  test("that cannot be read are nobody's, nor is any other name", async () => {
+    const file = withAlice();
+    {
+      using database = new Database(file);
+      const tree = "SELECT rootpage AS page FROM sqlite_schema WHERE name = 'accounts'";
+      const { page } = database.query<{ page: number }, []>(tree).get() ?? { page: NaN };
+      database.close();
+      const bytes = fs.readFileSync(file);
+      fs.writeFileSync(file, bytes.fill(0xff, (page - 1) * 4096, page * 4096));
+    }
+    const { room, problems } = openLogged({ db: file, operators: ["alice"] });
+    for (const firstLine of ["alice", LOGIN, "bob"])
+      expect(await refusalOf(room, firstLine)).toEqual([UNKNOWN]);
+    expect(room.clients).toHaveLength(0);
+    const problem = "The registered names cannot be read: it is damaged.";
+    expect(problems.splice(0)).toEqual(times(4, () => problem)); // the first one at the start
+  });
+
+  test("that cannot be read any more change nothing for those in the room", async () => {
+    let isBroken = false;
+    const { query } = Database.prototype;
+    cleanups.push(() => (Database.prototype.query = query));
+    Database.prototype.query = function (this: Database, sql: string) {
+      const statement = query.call(this, sql);
+      const { all } = statement;
+      statement.all = (...given) => {
+        if (isBroken && sql.includes("FROM accounts")) throw new Error("on purpose");
+        return all.apply(statement, given);
+      };
+      return statement;
+    } as typeof query;
+    const { room, problems } = openLogged({ db: withAlice(), operators: ["alice"] });
+    const [alice, bob] = await enterAll(room, LOGIN, "bob");
+
+    isBroken = true;
+    for (const command of ["/nick carol", `/nick ${LOGIN}`, "/register another horse"])
+      expect(await answersTo(bob, command)).toEqual([UNKNOWN]);
+    expect(await answersTo(alice, "/password another horse")).toEqual([UNKNOWN]);
+    alice.send("/kick bob\n");
+    expect(await alice.line()).toBe("* Unknown command /kick. Try /help."); // in doubt no operator
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    for (const problem of problems.splice(0))
+      expect(problem).toBe("The registered names cannot be read: on purpose.");
+
+    isBroken = false;
+    expect(await answersTo(alice, "/kick bob")).toEqual([
+      "* bob has left the chat (kicked by alice)",
+    ]);
   });
 });
