@@ -1010,7 +1010,7 @@ async function linesUntil(follower: Peer, last: string): Promise<string[]> {
 
 // --- Registered names
 
-/** A line that is sent, and all that comes after it from the server, up to the answer to /ping. */
+/** Sends a line. Resolves with all that comes then, up to the answer to /ping. */
 async function answersTo(peer: Peer, line: string): Promise<string[]> {
   peer.send(`${line}\n`);
   return await peer.ping();
@@ -1073,7 +1073,7 @@ async function hashOfAlice(room: Server, file: string, ...peers: Peer[]): Promis
   return account?.hash ?? "";
 }
 
-/** Work on passwords waits from now on, until it may go on. */
+/** Holds up work on passwords from now on, until `goOn` is called. */
 function holdPasswords() {
   const { hash, verify } = Bun.password;
   const tried: unknown[] = []; // passwords, in the order in which it begins
@@ -5128,27 +5128,37 @@ describe("while a password is looked at", () => {
 
 describe("guessing a password", () => {
   const WRONG = "alice wrong horse";
+
+  /** A file whose hash takes no time, for tests that try many passwords. */
   const withCheapHash = async () => {
     const how = { algorithm: "argon2id", memoryCost: 8, timeCost: 1 } as const;
     return withHash(await Bun.password.hash(PASSWORD, how));
   };
 
-  /** So many try to come in at once. Resolves when all of them have been greeted and have spoken. */
+  /** So many try to come in at once. Resolves when all have given their first line. */
   async function guess(room: Server, count: number, firstLine = WRONG): Promise<Peer[]> {
     const guessers = await Promise.all(times(count, () => greeted(room)));
     for (const guesser of guessers) guesser.send(`${firstLine}\n`);
     return guessers;
   }
 
-  /** How many have been told that they are wrong. */
+  /** Counts those who have been told that they are wrong. */
   const countRefused = (guessers: readonly Peer[]) =>
     guessers.filter(({ isOpen }) => !isOpen).length;
 
-  /** Waits until so many have been. */
+  /** Waits until so many have been told, and sees that nobody else is. */
   async function refusedAre(guessers: readonly Peer[], count: number): Promise<void> {
     while (countRefused(guessers) < count) await turns(1);
     await turns(100);
     expect(countRefused(guessers)).toBe(count);
+  }
+
+  /** Enters as alice, from another address, and says hello. */
+  function enterFromElsewhere(room: Server): void {
+    const from = { host: "127.0.0.1", port: room.port, localAddress: "127.0.0.2" };
+    const alice = createConnection(from);
+    cleanups.push(() => alice.destroy());
+    alice.write(`${LOGIN}\nhello\n`);
   }
 
   test("waits after ten tries of one address, each for three seconds", async () => {
@@ -5168,14 +5178,12 @@ describe("guessing a password", () => {
   });
 
   test("does not keep the owner out, who comes from elsewhere", async () => {
+    jest.useFakeTimers();
     const [room, bob] = await gather(open({ db: await withCheapHash() }), "bob");
     const guessers = await guess(room, 15);
     await refusedAre(guessers, 10);
 
-    const from = { host: "127.0.0.1", port: room.port, localAddress: "127.0.0.2" };
-    const alice = createConnection(from);
-    cleanups.push(() => alice.destroy());
-    alice.write(`${LOGIN}\nhello\n`);
+    enterFromElsewhere(room);
     expect(await bob.line()).toBe("* alice has joined the chat");
     expect(await bob.line()).toBe("[alice] hello");
     expect(countRefused(guessers)).toBe(10);
@@ -5186,10 +5194,7 @@ describe("guessing a password", () => {
     const held = holdPasswords();
     const guessers = await guess(room, 5);
     await held.begun;
-    const from = { host: "127.0.0.1", port: room.port, localAddress: "127.0.0.2" };
-    const alice = createConnection(from);
-    cleanups.push(() => alice.destroy());
-    alice.write(`${LOGIN}\nhello\n`);
+    enterFromElsewhere(room);
     while (room.memoryUsed === 0) await turns(1); // what is behind the password waits now
     held.goOn();
     await bob.until("[alice] hello");
@@ -5218,12 +5223,9 @@ describe("guessing a password", () => {
   });
 
   test("at forty places at once disturbs nobody in the room", async () => {
-    const [room, alice, bob, carol] = await gather(
-      open({ db: withAlice() }),
-      LOGIN,
-      "bob",
-      "carol",
-    );
+    jest.useFakeTimers();
+    const room = open({ db: withAlice() });
+    const [alice, bob, carol] = await enterAll(room, LOGIN, "bob", "carol");
     const guessers = await guess(room, 40);
     const talk = async (): Promise<void> => {
       for (const line of numbered(100)) {
