@@ -16,7 +16,7 @@
  * Contents:
  *   1. An example
  *   2. Helpers: waiting, rooms, peers, programs, a foreign server, a proxy, a screen, certificates,
- *      histories
+ *      histories, registered names
  *   3. Text and names
  *   4. The room
  *   5. The protocol: joining, messages, framing, commands, leaving
@@ -29,7 +29,9 @@
  *  12. The client and the history
  *  13. TLS
  *  14. History
- *  15. Faults
+ *  15. Registered names
+ *  16. Operators
+ *  17. Faults
  */
 
 import { afterAll, afterEach, beforeEach, describe, expect, jest, mock, test } from "bun:test";
@@ -421,11 +423,11 @@ async function greeted(server: Address): Promise<Peer> {
   return peer;
 }
 
-/** Enters the room, and reads the roster. */
-async function enter(server: Address, name: string): Promise<Peer> {
+/** Enters the room, by a name or by one and its password, and reads the roster. */
+async function enter(server: Address, login: string): Promise<Peer> {
   const peer = await greeted(server);
-  peer.name = name;
-  peer.send(`${name}\n`);
+  peer.name = login.split(" ", 1).join();
+  peer.send(`${login}\n`);
   expect(await peer.line()).toStartWith("* The room contains: ");
   return peer;
 }
@@ -433,9 +435,10 @@ async function enter(server: Address, name: string): Promise<Peer> {
 /** Several enter, one after the other, and each has heard of those after it. */
 async function enterAll<const Names extends readonly string[]>(server: Address, ...names: Names) {
   const peers: Peer[] = [];
-  for (const name of names) {
-    const peer = await enter(server, name);
-    for (const other of peers) expect(await other.line()).toBe(`* ${name} has joined the chat`);
+  for (const login of names) {
+    const peer = await enter(server, login);
+    for (const other of peers)
+      expect(await other.line()).toBe(`* ${peer.name} has joined the chat`);
     peers.push(peer);
   }
   return peers as { -readonly [Place in keyof Names]: Peer };
@@ -1023,6 +1026,121 @@ async function linesUntil(follower: Peer, last: string): Promise<string[]> {
   return (await batchesUntil(follower, last)).flatMap(({ lines }) => lines);
 }
 
+// --- Registered names
+
+/** Sends a line. Resolves with all that comes then, up to the answer to /ping. */
+async function answersTo(peer: Peer, line: string): Promise<string[]> {
+  peer.send(`${line}\n`);
+  return await peer.ping();
+}
+
+/** Gives a first line. Resolves with all that comes then, up to the end of the connection. */
+async function refusalOf(server: Address, firstLine: string): Promise<string[]> {
+  const peer = await greeted(server);
+  peer.send(`${firstLine}\n`);
+  const heard = await peer.rest();
+  peer.socket.end();
+  return heard;
+}
+
+const PASSWORD = "correct horse"; // of alice
+const LOGIN = `alice ${PASSWORD}`;
+
+/** What somebody hears who wants a name that is registered. */
+const askedFor = (name: string) =>
+  `* The name ${name} is registered. Enter it with its password: ${name} PASSWORD`;
+
+/** What its owner hears. */
+const registered = (name: string) => askedFor(name).replace("registered", "registered now");
+
+/** What somebody hears who gives a password for a name that has none. */
+const notRegistered = (name: string) =>
+  `* The name ${name} is not registered, so it has no password. Enter it alone: ${name}`;
+
+/** Makes the file of a room in which alice has registered her name. */
+async function registerAlice(): Promise<string> {
+  const file = newFile();
+  const room = startServer({ port: 0, db: file });
+  const alice = await enter(room, "alice");
+  expect(await answersTo(alice, `/register ${PASSWORD}`)).toEqual([registered("alice")]);
+  alice.socket.terminate();
+  await room.stop();
+  return file;
+}
+
+const fileOfAlice = await registerAlice();
+
+/** A copy of that file. A test can change it by these statements. */
+function withAlice(...changes: string[]): string {
+  const file = newFile();
+  fs.copyFileSync(fileOfAlice, file);
+  using database = new Database(file);
+  for (const change of changes) database.run(change);
+  return file;
+}
+
+/** The same with another hash of the password. */
+const withHash = (hash: string) => withAlice(`UPDATE accounts SET hash = '${hash}'`);
+
+/** The hash of alice's password in the file of a room, which all leave first. */
+async function hashOfAlice(room: Server, file: string, ...peers: Peer[]): Promise<string> {
+  for (const { socket } of peers) socket.terminate();
+  await room.stop();
+  using database = new Database(file);
+  const account = database.query<{ hash: string }, []>("SELECT hash FROM accounts").get();
+  return account?.hash ?? "";
+}
+
+/** Holds up work on passwords from now on, until `goOn` is called. */
+function holdPasswords() {
+  const { hash, verify } = Bun.password;
+  const tried: unknown[] = []; // passwords, in the order in which it begins
+  const begun = Promise.withResolvers<void>();
+  const released = Promise.withResolvers<void>();
+
+  async function hold(password: unknown): Promise<void> {
+    tried.push(password);
+    begun.resolve();
+    await released.promise;
+  }
+
+  Object.assign(Bun.password, {
+    hash: (...given: Parameters<typeof hash>) => hold(given[0]).then(() => hash(...given)),
+    verify: (...given: Parameters<typeof verify>) => hold(given[0]).then(() => verify(...given)),
+  });
+  cleanups.push(() => {
+    Object.assign(Bun.password, { hash, verify });
+    released.resolve();
+  });
+  return { tried, begun: begun.promise, goOn: () => released.resolve() };
+}
+
+const FAR = "203.0.113.7"; // an address that is not of this machine (RFC 5737)
+
+/** Opens rooms in which everybody seems to come from the address of `place` at that time. */
+function openFrom(place: { address: string }, openRoom = open): typeof open {
+  return (options) => {
+    const { listen } = Bun;
+    const listenFrom = (how: Bun.TCPSocketListenOptions<unknown>) => {
+      const handleOpen = how.socket.open;
+      const socket: typeof how.socket = {
+        ...how.socket,
+        open(socket) {
+          Object.defineProperty(socket, "remoteAddress", { value: place.address });
+          return handleOpen?.(socket);
+        },
+      };
+      return listen({ ...how, socket });
+    };
+    Bun.listen = listenFrom as typeof listen;
+    try {
+      return openRoom(options);
+    } finally {
+      Bun.listen = listen;
+    }
+  };
+}
+
 // --- 3. Text and names -------------------------------------------------------------------------
 
 describe("text", () => {
@@ -1220,15 +1338,18 @@ describe("joining", () => {
 
   const HTTP = "POST / HTTP/1.1\r\nHost: x\r\n\r\nmallory\nhello\n";
   const FORGED = "2026-01-01 00:00:00 Server is shutting down";
+  const LOOKS_TAKEN = "* The name a1ice looks like one that is taken.";
+  const NOT_REGISTERED = "it gave a password for a name that is not registered";
+  const logOf = (why: string) => why.slice("* ".length);
   test.each([
-    ["bad UTF-8", Buffer.from([0xff, 0xfe, 10]), NAME_RULE, "\ufffd\ufffd"],
-    ["controls", `"\u001b[31m\r${FORGED}\u2028\u202e\\\n`, NAME_RULE, `"[31m${FORGED}\\`],
-    ["a zero byte", "b\0ob\n", NAME_RULE, "bob"],
-    ["many letters", `${"b".repeat(500)}\n`, NAME_RULE, "b".repeat(128)],
-    ["much, and no newline", "x".repeat(600), NAME_RULE, null],
-    ["an HTTP request", HTTP, NAME_RULE, "POST / HTTP/1.1"],
-    ["a look-alike", "a1ice\n", "* The name a1ice looks like one that is taken.", "a1ice"],
-  ])("a first line with %s is refused, which only the log tells", async (_, bytes, why, quoted) => {
+    ["bad UTF-8", Buffer.from([0xff, 0xfe, 10]), NAME_RULE, logOf(NAME_RULE)],
+    ["controls", `"\u001b[31m\r${FORGED}\u2028\u202e\\\n`, NAME_RULE, NOT_REGISTERED],
+    ["a zero byte", "b\0ob\n", NAME_RULE, logOf(NAME_RULE)],
+    ["many letters", `${"b".repeat(500)}\n`, NAME_RULE, logOf(NAME_RULE)],
+    ["much, and no newline", "x".repeat(2049), NAME_RULE, logOf(NAME_RULE)],
+    ["an HTTP request", HTTP, NAME_RULE, logOf(NAME_RULE)],
+    ["a look-alike", "a1ice\n", LOOKS_TAKEN, logOf(LOOKS_TAKEN)],
+  ])("a first line with %s is refused, which only the log tells", async (_, bytes, why, logged) => {
     const { room, log } = openLogged();
     const alice = await enter(room, "alice");
     const mallory = await greeted(room);
@@ -1236,8 +1357,7 @@ describe("joining", () => {
     await alice.ping();
     mallory.send(bytes);
     expect(await mallory.rest()).toEqual([why]);
-    const gave = quoted === null ? "" : ` It gave ${JSON.stringify(quoted)}`;
-    expect(log.slice(4)).toEqual([`Refused 127.0.0.1:PORT: ${why.slice(2)}${gave}`]);
+    expect(log.slice(4)).toEqual([`Refused 127.0.0.1:PORT: ${logged}`]); // and not what it gave
     await enter(room, "bob");
     expect(await alice.line()).toBe("* bob has joined the chat");
   });
@@ -1386,6 +1506,9 @@ describe("commands", () => {
       "/who",
       "/nick NAME",
       "/msg NAME TEXT",
+      "/register PASSWORD",
+      "/password NEW",
+      "/unregister",
       "/history N",
       "/since POSITION",
       "/quit",
@@ -1441,7 +1564,7 @@ describe("commands", () => {
       "* The name BOB is taken.",
       "* Say it like this: /nick NAME",
       "* You are called Anna already.",
-      NAME_RULE,
+      "* The name two is not registered, so it has no password. Take it alone: /nick two",
       "* Anna is now called anna",
     ]);
   });
@@ -2215,7 +2338,7 @@ describe.concurrent("bun server.ts", () => {
     const help = await inPipe(["./server.ts", "--help"]).result();
     expect(help.code).toBe(0);
     const options =
-      "host port rate max-clients max-per-address tls-cert tls-key db keep quiet version";
+      "host port rate max-clients max-per-address tls-cert tls-key db keep operators quiet version";
     for (const option of options.split(" ")) expect(help.out).toContain(`  --${option} `);
     const { version } = await Bun.file(`${import.meta.dir}/package.json`).json();
     const shown = { code: 0, out: `bun-chat ${version}\n`, err: "" };
@@ -4817,6 +4940,30 @@ describe("a history in a file", () => {
     expect(search()).toBe(isKept);
   });
 
+  test("of version 1 is made one of version 2, once, and keeps what was said", async () => {
+    const file = writeHistory([
+      [1_000_000, ""],
+      [2_000_000, "[old] one\n"],
+    ]);
+    for (const name of ["bob", "carol"]) {
+      const room = open({ db: file, keep: 0 });
+      const { peer, from } = await follow(room, name);
+      expect(from).toBe(1_000_000);
+      const heard = await linesUntil(peer, `* ${name} has joined the chat`);
+      expect(heard[0]).toBe("[old] one");
+      expect(heard.filter((line) => SINCE.test(line))).toEqual([]); // nothing is missing
+
+      // Only version 2 has names.
+      peer.send("/unregister\n");
+      expect(await peer.lines(2)).toEqual([`* The name ${name} is not registered.`, ANSWERED]);
+      peer.socket.terminate();
+      await room.stop();
+    }
+    using database = new Database(file);
+    const versions = database.query("SELECT * FROM pragma_user_version, pragma_application_id");
+    expect(versions.get()).toEqual({ user_version: 2, application_id: 0x62756e63 });
+  });
+
   test("is of one room, and not of another in the same process", async () => {
     const rooms = times(2, () => open({ db: newFile() }));
     for (const [number, room] of rooms.entries()) {
@@ -4893,7 +5040,7 @@ describe.concurrent("bun server.ts --db", () => {
     ["garbage", makeWith(GARBAGE), 1, "it is damaged"],
     [
       "a newer version",
-      () => writeHistory([], { version: 2 }),
+      () => writeHistory([], { version: 3 }),
       1,
       "it was made by a newer version of bun-chat",
     ],
@@ -5016,7 +5163,1161 @@ describe.concurrent("bun server.ts --db", () => {
   });
 });
 
-// --- 15. Faults --------------------------------------------------------------------------------
+// --- 15. Registered names ----------------------------------------------------------------------
+
+describe("a registered name", () => {
+  test("is had by its password only", async () => {
+    const { room, log } = openLogged({ db: newFile() });
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    expect(await answersTo(alice, `/register ${PASSWORD}`)).toEqual([registered("alice")]);
+    expect(log.at(-1)).toBe("The name alice has been registered.");
+    alice.send("/quit\n");
+    expect(await bob.line()).toBe("* alice has left the chat");
+
+    expect(await refusalOf(room, "alice")).toEqual([askedFor("alice")]);
+    expect(log.at(-1)).toBe(`Refused 127.0.0.1:PORT: ${askedFor("alice").slice("* ".length)}`);
+    expect(await bob.ping()).toEqual([]);
+
+    await enter(room, LOGIN);
+    expect(await bob.line()).toBe("* alice has joined the chat");
+    expect(namesIn(room)).toEqual(["alice", "bob"]);
+  });
+
+  test("is kept in the file", async () => {
+    const file = withAlice();
+    const room = open({ db: file });
+    expect(await refusalOf(room, "alice")).toEqual([askedFor("alice")]);
+    const alice = await enter(room, LOGIN);
+    expect(await hashOfAlice(room, file, alice)).toMatch(/^\$argon2id\$v=19\$m=19456,t=2,p=1\$/);
+  });
+
+  test.each([
+    ["no password", "alice", "alice"],
+    ["blanks", "alice  \t ", null],
+    ["the name in capitals", "ALICE", "ALICE"],
+    ["a wrong password", "alice correct house", "alice"],
+    ["the password in capitals", "alice CORRECT HORSE", "alice"],
+    ["a blank before it", `alice  ${PASSWORD}`, "alice"],
+    ["a blank behind it", `${LOGIN} `, "alice"],
+    ["another blank in it", "alice correct  horse", "alice"],
+    ["a part of it", "alice correct", "alice"],
+    ["its hash", "alice $argon2id$v=19$m=19456,t=2,p=1$", "alice"],
+  ])("is refused for %s", async (_, firstLine, name) => {
+    const room = open({ db: withAlice() });
+    const why = name === null ? NAME_RULE : askedFor(name);
+    expect(await refusalOf(room, firstLine)).toEqual([why]);
+    expect(namesIn(room)).toEqual([]);
+  });
+
+  const ACCENTS = "Pässwörd ệ 각";
+  test.each([
+    ["blanks in it, before and behind it", "  two  blanks  ", "alice   two  blanks  "],
+    ["a tab before it", "password", "alice\tpassword"],
+    ["the name in capitals", "password", "ALICE password"],
+    ["a carriage return", "password", "alice password\r"],
+    ["accents apart (NFD)", ACCENTS.normalize("NFC"), `alice ${ACCENTS.normalize("NFD")}`],
+    ["accents together (NFC)", ACCENTS.normalize("NFD"), `alice ${ACCENTS.normalize("NFC")}`],
+    ["256 characters", "🐎".repeat(256), `alice ${"🐎".repeat(256)}`],
+  ])("is had with %s", async (_, password, firstLine) => {
+    const room = open({ db: newFile() });
+    const alice = await enter(room, "alice");
+    expect(await answersTo(alice, `/register ${password}`)).toEqual([registered("alice")]);
+    alice.send("/quit\n");
+    await alice.rest();
+    await enter(room, firstLine);
+    expect(namesIn(room)).toEqual([firstLine.startsWith("ALICE") ? "ALICE" : "alice"]);
+  });
+
+  test("is had by /nick, too; somebody without the password stays, and keeps the old name", async () => {
+    const [bob, carol] = await enterAll(open({ db: withAlice() }), "bob", "carol");
+    const why = "* The name alice is registered. Take it with its password: /nick alice PASSWORD";
+    for (const command of ["/nick alice", "/nick alice wrong horse", `/nick alice  ${PASSWORD}`])
+      expect(await answersTo(bob, command)).toEqual([why]);
+    expect(await answersTo(bob, "/who")).toEqual([present("bob", "carol")]);
+
+    bob.send(`/nick ${LOGIN}\n`);
+    const news = "* bob is now called alice";
+    for (const peer of [bob, carol]) expect(await peer.line()).toBe(news);
+  });
+
+  test("needs no password for its owner in the room, who writes it in other letters", async () => {
+    const alice = await enter(open({ db: withAlice() }), LOGIN);
+    expect(await answersTo(alice, "/nick ALICE")).toEqual(["* alice is now called ALICE"]);
+  });
+
+  test.each(["a1ice", "aIice", "аӏісе", "AL1CE"])(
+    "is not had by a look-alike while its owner is away: %s",
+    async (name) => {
+      const room = open({ db: withAlice() });
+      const why = `* The name ${name} looks like one that is registered.`;
+      expect(await refusalOf(room, name)).toEqual([why]);
+      const bob = await enter(room, "bob");
+      expect(await answersTo(bob, `/nick ${name}`)).toEqual([why]);
+      expect(await refusalOf(room, `${name} ${PASSWORD}`)).toEqual([notRegistered(name)]);
+    },
+  );
+
+  test("cannot be registered by a look-alike, nor can its owner look like it", async () => {
+    const room = open({ db: newFile() });
+    const alice = await enter(room, "alice");
+    alice.send(`/register ${PASSWORD}\n/nick carol\n`);
+    await alice.until("* alice is now called carol");
+    for (const name of ["a1ice", "AL1CE"]) {
+      const why = `* The name ${name} looks like one that is registered.`;
+      expect(await answersTo(alice, `/nick ${name}`)).toEqual([why]);
+    }
+    // One person may have several names.
+    expect(await answersTo(alice, "/register another horse")).toEqual([registered("carol")]);
+  });
+
+  test("has a password that its owner can change", async () => {
+    const room = open({ db: withAlice() });
+    const alice = await enter(room, LOGIN);
+    const answer = ["* The password of alice is changed."];
+    expect(await answersTo(alice, "/password another horse")).toEqual(answer);
+    expect(await refusalOf(room, LOGIN)).toEqual([askedFor("alice")]);
+    await enter(room, "alice another horse");
+  });
+
+  test("can be given up, and is anybody's then", async () => {
+    const { room, log } = openLogged({ db: withAlice() });
+    const alice = await enter(room, LOGIN);
+    const answer = "The name alice is not registered any more.";
+    expect(await answersTo(alice, "/unregister")).toEqual([`* ${answer}`]);
+    expect(log.at(-1)).toBe(answer);
+    const none = ["* The name alice is not registered."];
+    expect(await answersTo(alice, "/unregister")).toEqual(none);
+    expect(await answersTo(alice, "/password another horse")).toEqual(none);
+    alice.send("/quit\n");
+    await alice.rest();
+
+    expect(await refusalOf(room, LOGIN)).toEqual([notRegistered("alice")]);
+    const stranger = await enter(room, "a1ice");
+    expect(await answersTo(stranger, "/nick alice")).toEqual(["* a1ice is now called alice"]);
+  });
+
+  test("is registered once, however often that is said", async () => {
+    const room = open({ db: newFile() });
+    const alice = await enter(room, "alice");
+    alice.send("/register first horse\n/register second horse\n");
+    expect(await alice.ping()).toEqual([
+      registered("alice"),
+      "* The name alice is registered already. /password NEW changes its password.",
+    ]);
+    expect(await refusalOf(room, "alice second horse")).toEqual([askedFor("alice")]);
+    await enter(room, "alice first horse");
+  });
+
+  test("is one of five from one address; the next one has to wait for ten minutes", async () => {
+    jest.useFakeTimers();
+    const room = open({ db: newFile(), rate: 10, maxPerAddress: 9 });
+    const alice = await enter(room, "alice");
+    const register = async (name: string) => {
+      alice.send(`/nick ${name}\n`);
+      await alice.until(/ is now called /);
+      alice.send(`/register ${PASSWORD}\n`);
+      const answer = await alice.line();
+      await pass(30); // a try costs as much as one to come in
+      return answer;
+    };
+    const names = ["bob", "carol", "dave", "erin", "frank"];
+    for (const name of names) expect(await register(name)).toBe(registered(name));
+    const why = "* Too many names were registered from your address. Try again in ten minutes.";
+    expect(await register("grace")).toBe(why);
+    await pass(450);
+    expect(await register("heidi")).toBe(registered("heidi"));
+    expect(await register("ivan")).toBe(why);
+  });
+
+  test("is only in a file: without one, people are told how to start a server with it", async () => {
+    const room = open();
+    const alice = await enter(room, "alice");
+    const why =
+      "* This room forgets everything when it stops. One that keeps names is started like this: bun server.ts --db chat.sqlite";
+    for (const command of ["/register password", "/register", "/password password", "/unregister"])
+      expect(await answersTo(alice, command)).toEqual([why]);
+    expect(await refusalOf(room, "bob password")).toEqual([notRegistered("bob")]);
+    const none =
+      "* The name bob is not registered, so it has no password. Take it alone: /nick bob";
+    expect(await answersTo(alice, "/nick bob password")).toEqual([none]);
+  });
+
+  const LENGTHS = "* A password has 8 to 256 characters.";
+  test.each([
+    ["nothing", "", null],
+    ["blanks", "         ", null],
+    ["too little", "1234567", LENGTHS],
+    ["too little, which takes many bytes", "🐎".repeat(7), LENGTHS],
+    ["too much", "x".repeat(257), LENGTHS],
+    ["the end of an HTTP request", "/index HTTP/1.1", "* A password does not end like that."],
+    ["the end of an HTTP/2 request", "/index HTTP/2", "* A password does not end like that."],
+  ])("cannot have this as its password: %s", async (_, password, why) => {
+    const bob = await enter(open({ db: newFile() }), "bob");
+    for (const usage of ["/register PASSWORD", "/password NEW"]) {
+      const command = usage.replace(/[A-Z]+/, password);
+      const answer = why ?? `* Say it like this: ${usage}`;
+      expect(await answersTo(bob, command)).toEqual([answer]);
+    }
+    expect(await answersTo(bob, "/unregister")).toEqual(["* The name bob is not registered."]);
+  });
+
+  test("is not had by the request of a web page, even if it is GET", async () => {
+    const { room, log } = openLogged({ db: newFile() });
+    const get = await enter(room, "GET");
+    expect(await answersTo(get, `/register ${PASSWORD}`)).toEqual([registered("GET")]);
+    get.send("/quit\n");
+    await get.rest();
+    expect(await refusalOf(room, "GET / HTTP/1.1\r\nHost: x\r\n\r")).toEqual([NAME_RULE]);
+    expect(log.at(-1)).toBe(`Refused 127.0.0.1:PORT: ${NAME_RULE.slice("* ".length)}`);
+    await enter(room, `GET ${PASSWORD}`);
+  });
+});
+
+describe("the owner of a name who comes in twice", () => {
+  const LEFT = "* alice has left the chat (came in from elsewhere)";
+
+  test.each([
+    ["by a first line", "alice", "joined the chat"],
+    ["by /nick", "carol", "carol"],
+  ])("%s is the one who stays", async (_, name) => {
+    const [room, alice, bob] = await gather(open({ db: withAlice() }), LOGIN, "bob");
+    if (name === "alice") {
+      await enter(room, LOGIN);
+      expect(await bob.lines(2)).toEqual([LEFT, "* alice has joined the chat"]);
+    } else {
+      const carol = await enter(room, name);
+      expect(await bob.line()).toBe("* carol has joined the chat");
+      carol.send(`/nick ${LOGIN}\n`);
+      const news = [LEFT, "* carol is now called alice"];
+      for (const peer of [bob, carol]) expect(await peer.lines(2)).toEqual(news);
+    }
+    const told = (await alice.rest()).filter((line) => !line.startsWith("* carol has joined"));
+    expect(told).toEqual(["* You have come in from elsewhere."]);
+    expect(namesIn(room)).toEqual(["alice", "bob"]);
+  });
+
+  test("is told which lines came too late", async () => {
+    jest.useFakeTimers();
+    const [room, alice, bob] = await gather(open({ db: withAlice(), rate: 10 }), LOGIN, "bob");
+    alice.send("flood\n".repeat(NEWCOMER_LINES + 5));
+    await bob.lines(NEWCOMER_LINES);
+    await enter(room, LOGIN);
+    expect(await alice.rest()).toEqual([
+      "* Your last lines came too late: 5 or more.",
+      "* You have come in from elsewhere.",
+    ]);
+    expect(await bob.lines(2)).toEqual([LEFT, "* alice has joined the chat"]);
+  });
+});
+
+describe("while a password is looked at", () => {
+  test("lines behind it wait, and come in order", async () => {
+    const [room, bob] = await gather(open({ db: withAlice() }), "bob");
+    const held = holdPasswords();
+    const alice = await greeted(room);
+    alice.send(`${LOGIN}\none\n`);
+    await held.begun;
+    alice.send("two\n");
+    bob.send("still alone\n");
+    expect(await answersTo(bob, "/who")).toEqual([present("bob")]);
+    held.goOn();
+    const heard = ["* alice has joined the chat", "[alice] one", "[alice] two"];
+    expect(await bob.lines(3)).toEqual(heard);
+    expect(await alice.ping()).toEqual(["* The room contains: bob"]);
+  });
+
+  test.each([
+    ["/register", "bob", "/register another horse", registered("bob")],
+    ["/password", LOGIN, "/password another horse", "* The password of alice is changed."],
+    ["/nick", "bob", `/nick ${LOGIN}`, "* bob is now called alice"],
+  ])("lines behind %s wait, and the room does not", async (_, firstLine, command, answer) => {
+    const [room, carol, peer] = await gather(open({ db: withAlice() }), "carol", firstLine);
+    const held = holdPasswords();
+    peer.send(`${command}\nlater\n`);
+    await held.begun;
+    carol.send("now\n");
+    expect(await peer.line()).toBe("[carol] now");
+    expect(await carol.ping()).toEqual([]);
+    held.goOn();
+    expect(await peer.line()).toBe(answer);
+    await carol.until(/^\[\w+\] later$/);
+    expect(room.clients).toHaveLength(2);
+  });
+
+  test("a FIN is no matter: what was said before it is heard", async () => {
+    const [room, bob] = await gather(open({ db: withAlice() }), "bob");
+    const held = holdPasswords();
+    const alice = await greeted(room);
+    alice.send(`${LOGIN}\nhello\n`);
+    alice.socket.shutdown();
+    await held.begun;
+    await turns(50);
+    held.goOn();
+    expect(await alice.rest()).toEqual(["* The room contains: bob"]);
+    const heard = ["* alice has joined the chat", "[alice] hello", "* alice has left the chat"];
+    expect(await bob.lines(3)).toEqual(heard);
+  });
+
+  test.each([
+    ["of a stranger", null],
+    ["in the room", "mallory"],
+  ])("a reset %s is no matter, and nobody comes in by it", async (_, name) => {
+    const [room, bob] = await gather(open({ db: withAlice() }), "bob");
+    const alice = name === null ? await greeted(room) : await enter(room, name);
+    const held = holdPasswords();
+    alice.send(name === null ? `${LOGIN}\nhello\n` : `/nick ${LOGIN}\nhello\n`);
+    await held.begun;
+    alice.socket.terminate();
+    while (room.memoryUsed > 0) await turns(1);
+    await turns(5);
+    held.goOn();
+    await enter(room, "carol");
+    const heard = await bob.until("* carol has joined the chat");
+    expect(heard).not.toContain("* mallory is now called alice");
+    expect(heard).not.toContain("* alice has joined the chat");
+    expect(namesIn(room)).toEqual(["bob", "carol"]);
+  });
+
+  test("the minute for a name does not run, and nothing is forgotten after it", async () => {
+    jest.useFakeTimers();
+    const room = open({ db: withAlice() });
+    const held = holdPasswords();
+    const alice = await greeted(room);
+    alice.send(`${LOGIN}\n`);
+    await held.begun;
+    await pass(130);
+    expect(alice.isOpen).toBe(true);
+    held.goOn();
+    expect(await alice.line()).toBe("* The room contains: ");
+    await pass(130);
+    expect(await alice.ping()).toEqual([]);
+  });
+
+  test("the server stops, and tells the one who waits", async () => {
+    const file = withAlice();
+    const room = open({ db: file });
+    const bob = await enter(room, "bob");
+    const held = holdPasswords();
+    const alice = await greeted(room);
+    bob.send("/register another horse\n");
+    await held.begun;
+    alice.send(`${LOGIN}\n`);
+    const stopped = room.stop();
+    expect(await alice.rest()).toEqual([SHUTDOWN]);
+    const late = "* Your last lines may have come too late.";
+    expect(await bob.rest()).toEqual([late, SHUTDOWN]);
+    for (const peer of [alice, bob]) peer.socket.end();
+    await stopped;
+    held.goOn();
+    await turns(5);
+    await enter(open({ db: file }), "bob"); // has not been registered
+  });
+
+  test("a follower waits for the answer, too", async () => {
+    const [room, bob] = await gather(open({ db: newFile() }), "bob");
+    const { peer: carol } = await follow(room, "carol");
+    await batchesUntil(carol, "* carol has joined the chat");
+    const held = holdPasswords();
+    carol.send("/register another horse\n/register\n");
+    await held.begun;
+    bob.send("hello\n");
+    expect((await nextBatch(carol)).lines).toEqual(["[bob] hello"]);
+    held.goOn();
+    expect(await carol.lines(4)).toEqual([
+      registered("carol"),
+      ANSWERED,
+      "* Say it like this: /register PASSWORD",
+      ANSWERED,
+    ]);
+  });
+
+  test("its owner changes it: the old one does not get in", async () => {
+    const [room, alice] = await gather(open({ db: withAlice() }), LOGIN);
+    const held = holdPasswords();
+    alice.send("/password another horse\n");
+    await held.begun;
+    const late = await greeted(room);
+    late.send(`${LOGIN}\nhello\n`);
+    while (room.memoryUsed === 0) await turns(1); // what is behind the password waits now
+    held.goOn();
+    expect(await late.rest()).toEqual([askedFor("alice")]);
+    expect(await alice.ping()).toEqual(["* The password of alice is changed."]);
+  });
+
+  test("its owner gives the name up: the old one does not get in", async () => {
+    const [room, alice] = await gather(open({ db: withAlice() }), LOGIN);
+    const held = holdPasswords();
+    const late = await greeted(room);
+    late.send(`${LOGIN}\nhello\n`);
+    await held.begun;
+    const answer = "* The name alice is not registered any more.";
+    expect(await answersTo(alice, "/unregister")).toEqual([answer]);
+    held.goOn();
+    expect(await late.rest()).toHaveLength(1);
+    expect(await alice.ping()).toEqual([]);
+  });
+});
+
+describe("guessing a password", () => {
+  const WRONG = "alice wrong horse";
+
+  /** A file whose hash takes no time, for tests that try many passwords. */
+  const withCheapHash = async () => {
+    const how = { algorithm: "argon2id", memoryCost: 8, timeCost: 1 } as const;
+    return withHash(await Bun.password.hash(PASSWORD, how));
+  };
+
+  /** So many try to come in at once. Resolves when all have given their first line. */
+  async function guess(room: Server, count: number, firstLine = WRONG): Promise<Peer[]> {
+    const guessers = await Promise.all(times(count, () => greeted(room)));
+    for (const guesser of guessers) guesser.send(`${firstLine}\n`);
+    return guessers;
+  }
+
+  /** Counts those who have been told that they are wrong. */
+  const countRefused = (guessers: readonly Peer[]) =>
+    guessers.filter(({ isOpen }) => !isOpen).length;
+
+  /** Waits until so many have been told, and sees that nobody else is. */
+  async function refusedAre(guessers: readonly Peer[], count: number): Promise<void> {
+    while (countRefused(guessers) < count) await turns(1);
+    await turns(100);
+    expect(countRefused(guessers)).toBe(count);
+  }
+
+  /** Enters as alice, from another address, and says hello. */
+  function enterFromElsewhere(room: Server): void {
+    const from = { host: "127.0.0.1", port: room.port, localAddress: "127.0.0.2" };
+    const alice = createConnection(from);
+    cleanups.push(() => alice.destroy());
+    alice.write(`${LOGIN}\nhello\n`);
+  }
+
+  test("waits after ten tries of one address, each for three seconds", async () => {
+    jest.useFakeTimers();
+    const room = open({ db: await withCheapHash() });
+    const guessers = await guess(room, 12);
+    await refusedAre(guessers, 10);
+    await pass(2.9);
+    await refusedAre(guessers, 10);
+    await pass(0.1);
+    await refusedAre(guessers, 11);
+    await pass(2.9);
+    await refusedAre(guessers, 11);
+    await pass(0.1);
+    await refusedAre(guessers, 12);
+    expect(namesIn(room)).toEqual([]);
+  });
+
+  test("does not keep the owner out, who comes from elsewhere", async () => {
+    jest.useFakeTimers();
+    const [room, bob] = await gather(open({ db: await withCheapHash() }), "bob");
+    const guessers = await guess(room, 15);
+    await refusedAre(guessers, 10);
+
+    enterFromElsewhere(room);
+    expect(await bob.line()).toBe("* alice has joined the chat");
+    expect(await bob.line()).toBe("[alice] hello");
+    expect(countRefused(guessers)).toBe(10);
+  });
+
+  test("comes after those who have tried less, at other addresses", async () => {
+    const [room, bob] = await gather(open({ db: await withCheapHash() }), "bob");
+    const held = holdPasswords();
+    const guessers = await guess(room, 5);
+    await held.begun;
+    enterFromElsewhere(room);
+    while (room.memoryUsed === 0) await turns(1); // what is behind the password waits now
+    held.goOn();
+    await bob.until("[alice] hello");
+    await refusedAre(guessers, 5);
+    expect(held.tried.slice(0, 2)).toEqual(["wrong horse", PASSWORD]);
+  });
+
+  test("gives a right one its try back, so nobody who knows it waits", async () => {
+    jest.useFakeTimers();
+    const room = open({ db: await withCheapHash() });
+    await refusedAre(await guess(room, 9), 9);
+    for (let time = 0; time < 3; time++) await enter(room, LOGIN);
+    const guessers = await guess(room, 2);
+    await refusedAre(guessers, 1);
+  });
+
+  test("by /nick costs the same, and the rest of the line waits for it", async () => {
+    jest.useFakeTimers();
+    const [room, bob, carol] = await gather(open({ db: await withCheapHash() }), "bob", "carol");
+    await refusedAre(await guess(room, 9), 9);
+    bob.send("/nick alice wrong horse\n/nick alice wrong horse\nhello\n");
+    await bob.line();
+    expect(await carol.ping()).toEqual([]);
+    await pass(3);
+    expect(await carol.line()).toBe("[bob] hello");
+  });
+
+  test("at forty places at once disturbs nobody in the room", async () => {
+    jest.useFakeTimers();
+    const room = open({ db: withAlice() });
+    const [alice, bob, carol] = await enterAll(room, LOGIN, "bob", "carol");
+    const guessers = await guess(room, 40);
+    const talk = async (): Promise<void> => {
+      for (const line of numbered(100)) {
+        alice.send(`${line}\n`);
+        for (const peer of [bob, carol]) expect(await peer.line()).toBe(`[alice] ${line}`);
+      }
+    };
+    await Promise.all([talk(), refusedAre(guessers, 10)]);
+    for (const peer of [bob, carol]) expect(await peer.ping()).toEqual([]);
+    expect(namesIn(room)).toEqual(["alice", "bob", "carol"]);
+  });
+});
+
+describe("a hash in the file", () => {
+  const TODAY = /^\$argon2id\$v=19\$m=19456,t=2,p=1\$/;
+
+  test.each([
+    ["less memory and time", { algorithm: "argon2id", memoryCost: 8192, timeCost: 1 }],
+    ["less time", { algorithm: "argon2id", memoryCost: 19_456, timeCost: 1 }],
+    ["less memory", { algorithm: "argon2id", memoryCost: 19_000, timeCost: 2 }],
+    ["another algorithm", { algorithm: "argon2i", memoryCost: 19_456, timeCost: 2 }],
+    ["bcrypt", { algorithm: "bcrypt", cost: 4 }],
+  ] as const)("of %s is made anew when its owner comes in", async (_, how) => {
+    const old = await Bun.password.hash(PASSWORD, how);
+    const file = withHash(old);
+    const room = open({ db: file });
+    expect(await refusalOf(room, "alice wrong horse")).toEqual([askedFor("alice")]);
+    const alice = await enter(room, LOGIN);
+    const again = await enter(room, LOGIN); // by the new one
+    expect(await hashOfAlice(room, file, alice, again)).toMatch(TODAY);
+  });
+
+  test.each([
+    ["that is good", { memoryCost: 19_456, timeCost: 2 }],
+    ["that is better", { memoryCost: 20_000, timeCost: 3 }],
+  ])("%s stays, as it does when a wrong password comes", async (_, how) => {
+    const old = await Bun.password.hash(PASSWORD, { algorithm: "argon2id", ...how });
+    const file = withHash(old);
+    const room = open({ db: file });
+    const alice = await enter(room, LOGIN);
+    expect(await hashOfAlice(room, file, alice)).toBe(old);
+  });
+
+  test("that is weak stays when a wrong password comes", async () => {
+    const old = await Bun.password.hash(PASSWORD, { algorithm: "bcrypt", cost: 4 });
+    const file = withHash(old);
+    const room = open({ db: file });
+    await refusalOf(room, "alice wrong horse");
+    expect(await hashOfAlice(room, file)).toBe(old);
+  });
+
+  test.each([
+    "",
+    "nonsense",
+    "$argon2id$v=19$m=19456,t=2,p=1$",
+    "$argon2id$v=19$m=0,t=0,p=0$YQ$YQ",
+    "$2b$04$x",
+  ])("that cannot be read fits no password: %j", async (hash) => {
+    const room = open({ db: withHash(hash) });
+    expect(await refusalOf(room, LOGIN)).toEqual([askedFor("alice")]);
+    expect(await refusalOf(room, `alice x${hash}`)).toEqual([askedFor("alice")]);
+  });
+});
+
+describe("from another machine", () => {
+  const UNSAFE =
+    "* Passwords are taken only under TLS, or on the machine of the server: others could read it on its way.";
+  const UNSAFE_NAME =
+    "* The name alice is registered, and passwords are taken only under TLS, or on the machine of the server.";
+  const KEPT =
+    "* The name oscar is kept for an operator, who registers it on the machine of the server.";
+
+  test.each([
+    ["a registered name", "alice", UNSAFE_NAME],
+    ["a registered name with its password", LOGIN, UNSAFE],
+    ["a name with a password that it has not", "bob password", UNSAFE],
+    ["a name that is kept for an operator", "Oscar", KEPT.replace("oscar", "Oscar")],
+  ])("%s is refused without TLS", async (_, firstLine, why) => {
+    for (const address of [FAR, "2001:db8::7", "::ffff:203.0.113.7"]) {
+      const openFar = openFrom({ address });
+      const room = openFar({ db: withAlice(), operators: ["oscar"] });
+      expect(await refusalOf(room, firstLine)).toEqual([why]);
+    }
+  });
+
+  test.each([
+    ["/register password", UNSAFE],
+    ["/password password", UNSAFE],
+    ["/nick alice", UNSAFE_NAME],
+    [`/nick ${LOGIN}`, UNSAFE],
+    ["/nick oscar", KEPT],
+  ])("%s is refused without TLS", async (command, why) => {
+    const openFar = openFrom({ address: FAR });
+    const bob = await enter(openFar({ db: withAlice(), operators: ["oscar"] }), "bob");
+    expect(await answersTo(bob, command)).toEqual([why]);
+    expect(await answersTo(bob, "/who")).toEqual([present("bob")]);
+  });
+
+  test("all of that is possible with TLS, but to become an operator", async () => {
+    const openFar = openFrom({ address: FAR }, openTls);
+    const room = openFar({ db: withAlice(), operators: ["oscar"] });
+    expect(await refusalOf(room, "alice")).toEqual([askedFor("alice")]);
+    const alice = await enter(room, LOGIN);
+    const changed = "* The password of alice is changed.";
+    expect(await answersTo(alice, "/password another horse")).toEqual([changed]);
+    expect(await answersTo(alice, "/nick bob")).toEqual(["* alice is now called bob"]);
+    expect(await answersTo(alice, "/register password")).toEqual([registered("bob")]);
+    alice.send("/nick alice another horse\n");
+    expect(await alice.line()).toBe("* bob is now called alice");
+    expect(await answersTo(alice, "/nick oscar")).toEqual([KEPT]);
+    expect(await refusalOf(room, "oscar")).toEqual([KEPT]);
+  });
+
+  test.each(["127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1"])(
+    "it does not come from %s, where all of that is possible",
+    async (address) => {
+      const openNear = openFrom({ address });
+      const room = openNear({ db: withAlice(), operators: ["oscar"] });
+      const alice = await enter(room, LOGIN);
+      alice.send("/nick oscar\n");
+      expect(await alice.line()).toBe("* alice is now called oscar");
+      expect(await answersTo(alice, `/register ${PASSWORD}`)).toEqual([registered("oscar")]);
+    },
+  );
+});
+
+describe("a password", () => {
+  const SECRET = "Zebra-42"; // no name, so that nobody is called so
+  const SHORT = SECRET.slice(0, 7);
+
+  test.each([
+    ["that is registered", ["bob", `/register ${SECRET}`, `/nick carol`, `/nick bob ${SECRET}`]],
+    ["of a new kind", [LOGIN, `/password ${SECRET}`]],
+    ["behind a misspelt command", ["bob", `/regster ${SECRET}`, `/registerr ${SECRET}`]],
+    ["behind a command without a blank", ["bob", `/register${SECRET}`]],
+    ["behind /Register", ["bob", `/Register ${SECRET}`, `/PASSWORD ${SECRET}`]],
+    ["before its name", [`${SECRET} alice`]],
+    ["before its name in /nick", ["bob", `/nick ${SECRET} alice`, `/nick ${SECRET}`]],
+    ["of a name that is not registered", [`bob ${SECRET}`]],
+    ["alone", [SECRET]],
+    ["behind a name that is none", [`a,b ${SECRET}`]],
+    ["that is wrong", [`alice ${SECRET}`]],
+    ["of a look-alike", [`a1ice ${SECRET}`]],
+    ["behind /nick", ["bob", `/nick alice ${SECRET}`, `/nick carol ${SECRET}`]],
+    ["of a name that is not the person's", ["bob", `/password ${SECRET}`]],
+    ["as a command before the name", [`/register ${SECRET}`]],
+    ["as another one", [`/nick alice ${SECRET}`]],
+    ["behind /unregister", ["bob", `/unregister ${SECRET}`]],
+    ["behind commands for others", ["bob", `/kick ${SECRET}`, `/ban ${SECRET}`, `/msg ${SECRET}`]],
+    ["that is too short", ["bob", `/register ${SHORT}`, `/password ${SHORT}`]],
+    ["that is too long", ["bob", `/register ${SECRET.repeat(40)}`]],
+    ["that is much too long", [`alice ${SECRET.repeat(300)}`]],
+    ["that ends like an HTTP request", [`alice ${SECRET} HTTP/1.1`]],
+  ])("%s is in no log, no history and no file", async (_, lines) => {
+    const file = withAlice();
+    await expectNowhere(openLogged({ db: file }), lines, file);
+  });
+
+  test.each([
+    ["as a first line", [`alice ${SECRET}`]],
+    ["behind a command", ["bob", `/register ${SECRET}`, `/nick alice ${SECRET}`]],
+  ])("that comes over a bad connection is not there, either: %s", async (_, lines) => {
+    const file = withAlice();
+    const openFar = openFrom({ address: FAR });
+    await expectNowhere(openLogged({ db: file }, openFar), lines, file);
+  });
+
+  test.each([
+    ["as a first line", [`bob ${SECRET}`]],
+    ["behind a command", ["bob", `/register ${SECRET}`, `/password ${SECRET}`]],
+  ])("is in no log and no history of a room without a file: %s", async (_, lines) => {
+    await expectNowhere(openLogged(), lines);
+  });
+
+  /** Sees that one who says these lines leaves no trace of the password. */
+  async function expectNowhere(
+    { room, log, problems }: ReturnType<typeof openLogged>,
+    lines: readonly string[],
+    file?: string,
+  ): Promise<void> {
+    const witness = await enter(room, "witness");
+    const peer = await greeted(room);
+    for (const line of lines) peer.send(`${line}\n`);
+    peer.send("/quit\n");
+    await peer.rest();
+
+    witness.send("the end\n/who\n/history 200\n/since 0\n");
+    const heard = await witness.until("[witness] the end");
+    const traces = [...log, ...problems, ...heard].join("\n");
+    for (const part of ["Received message", "1 person is here: ", " [witness] the end", "Since"])
+      expect(traces).toContain(part);
+    expect(traces).not.toContain(SHORT);
+
+    // By another process: to read the file in this one would take away its lock.
+    if (file === undefined) return;
+    const search = (text: string) =>
+      Bun.spawnSync(["grep", "-qs", text, file, `${file}-wal`]).exitCode === 0;
+    expect([search("the end"), search(SHORT)]).toEqual([true, false]);
+    for (const client of [peer, witness]) client.socket.terminate();
+    await room.stop();
+    expect([search("the end"), search(SHORT)]).toEqual([true, false]);
+  }
+});
+
+// --- 16. Operators -----------------------------------------------------------------------------
+
+/** Opens a room in which alice is an operator, with two other people. */
+async function openWithOperator(options: Partial<ServerOptions> = {}) {
+  const { room, log } = openLogged({ db: withAlice(), operators: ["alice"], ...options });
+  const [alice, bob, carol] = await enterAll(room, LOGIN, "bob", "carol");
+  await alice.ping();
+  await bob.ping();
+  return { room, log, alice, bob, carol };
+}
+
+const COMMANDS_OF_OPERATORS = ["/kick", "/ban", "/bans", "/unban"];
+
+describe("an operator", () => {
+  test.each([
+    ["/kick bob", "kicked by alice"],
+    ["/KICK BOB", "kicked by alice"],
+    ["/kick bob  is  loud ", "kicked by alice: is  loud"],
+    ["/ban bob", "banned by alice for 60 minutes"],
+    ["/ban bob 1", "banned by alice for 1 minute"],
+    ["/ban  ｂob  525600 ", "banned by alice for 525600 minutes"],
+  ])("shows somebody out by %s, and everybody hears why", async (command, how) => {
+    const { log, alice, bob, carol } = await openWithOperator();
+    bob.send("before\n");
+    expect(await carol.line()).toBe("[bob] before");
+    alice.send(`${command}\n`);
+    expect(await bob.rest()).toEqual([`* You were ${how}`]);
+    const news = `* bob has left the chat (${how})`;
+    expect(await carol.line()).toBe(news);
+    expect(await alice.ping()).toEqual(["[bob] before", news]);
+    expect(log.at(-1)).toBe(`Removing user: bob from clients (${how})`);
+  });
+
+  const USAGE_OF_BAN = "* Say it like this: /ban NAME MINUTES, with 1 to 525600 minutes";
+  const MISTAKES: [command: string, answer: string][] = [
+    ["/kick", "* Say it like this: /kick NAME REASON"],
+    ["/kick dave", "* Nobody here is called dave."],
+    ["/kick b0b", "* Nobody here is called b0b."],
+    ["/ban", USAGE_OF_BAN],
+    ["/ban bob 0", USAGE_OF_BAN],
+    ["/ban bob -1", USAGE_OF_BAN],
+    ["/ban bob 1.5", USAGE_OF_BAN],
+    ["/ban bob 525601", USAGE_OF_BAN],
+    ["/ban bob 9999999", USAGE_OF_BAN],
+    ["/ban bob ever", USAGE_OF_BAN],
+    ["/ban bob 5 minutes", USAGE_OF_BAN],
+    ["/ban dave", "* Nobody here is called dave."],
+    ["/unban", "* Say it like this: /unban NAME"],
+    ["/unban bob", "* bob is not banned."],
+    ["/bans", "* Nobody is banned."],
+  ];
+  test("is told what is wrong with a command, and nobody else hears it", async () => {
+    const { room, alice, carol } = await openWithOperator();
+    for (const [command, answer] of MISTAKES)
+      expect([command, ...(await answersTo(alice, command))]).toEqual([command, answer]);
+    expect(await carol.ping()).toEqual([]);
+    expect(namesIn(room)).toEqual(["alice", "bob", "carol"]);
+  });
+
+  test("tells with /who is banned, and lets them in again", async () => {
+    const { room, log, alice, bob, carol } = await openWithOperator();
+    alice.send("/ban bob 90\n/ban carol 1\n");
+    await Promise.all([bob.rest(), carol.rest()]);
+    await alice.lines(2);
+    expect(await answersTo(alice, "/bans")).toEqual([
+      "* bob is banned for another 90 minutes",
+      "* carol is banned for another 1 minute",
+    ]);
+    const why = "* You are banned for another 90 minutes.";
+    expect(await refusalOf(room, "bob")).toEqual([why]);
+    expect(log.at(-1)).toBe(`Refused 127.0.0.1:PORT: ${why.slice("* ".length)}`);
+
+    const news = "The server says: alice lets bob come back.";
+    expect(await answersTo(alice, "/unban BOB")).toEqual([`* ${news}`]);
+    expect(log.at(-1)).toBe(news);
+    await enter(room, "bob");
+    expect(await refusalOf(room, "carol")).toHaveLength(1);
+    expect(await answersTo(alice, "/bans")).toHaveLength(2); // and bob's arrival
+  });
+
+  test("is told of the commands, which nobody else has or hears of", async () => {
+    const { room, alice, bob, carol } = await openWithOperator();
+    expect(await answersTo(bob, `/register ${PASSWORD}`)).toEqual([registered("bob")]);
+    const namesOf = (help: readonly string[]) => help.map((line) => line.split(" ")[1] ?? "");
+    const ofBob = namesOf(await answersTo(bob, "/help"));
+    const ofAlice = namesOf(await answersTo(alice, "/help"));
+    expect(ofAlice).toEqual([...ofBob.slice(0, -1), ...COMMANDS_OF_OPERATORS, "//TEXT"]);
+    for (const command of [...COMMANDS_OF_OPERATORS, "/say"]) {
+      const why = `* Unknown command ${command}. Try /help.`;
+      expect(await answersTo(bob, `${command} carol`)).toEqual([why]);
+    }
+    expect(await carol.ping()).toEqual([]);
+    expect(namesIn(room)).toEqual(["alice", "bob", "carol"]);
+  });
+
+  const isOperator = async (peer: Peer) => {
+    const [answer = ""] = await answersTo(peer, "/bans");
+    return !answer.startsWith("* Unknown command");
+  };
+
+  test("is one only under that name", async () => {
+    const { alice } = await openWithOperator();
+    expect(await isOperator(alice)).toBe(true);
+    alice.send("/nick anna\n");
+    await alice.line();
+    expect(await isOperator(alice)).toBe(false);
+    alice.send(`/nick ALICE ${PASSWORD}\n`);
+    await alice.line();
+    expect(await isOperator(alice)).toBe(true);
+  });
+
+  test("is nobody who has not registered the name, nor one who looks like it", async () => {
+    const { room, log } = openLogged({ db: newFile(), operators: ["oscar", "alice"] });
+    expect(log.slice(0, 2)).toEqual(
+      ["oscar", "alice"].map(
+        (name) =>
+          `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
+      ),
+    );
+    const oscar = await enter(room, "Oscar");
+    expect(await isOperator(oscar)).toBe(false);
+    oscar.send("/quit\n");
+    await oscar.rest();
+
+    const second = await enter(room, "oscar");
+    expect(await isOperator(second)).toBe(false);
+    expect(await answersTo(second, `/register ${PASSWORD}`)).toEqual([registered("oscar")]);
+    expect(await isOperator(second)).toBe(true);
+    second.send("/quit\n");
+    await second.rest();
+
+    expect(await refusalOf(room, "oscar")).toEqual([askedFor("oscar")]);
+    expect(await refusalOf(room, "0scar")).toHaveLength(1);
+    expect(await isOperator(await enter(room, "alice"))).toBe(false);
+  });
+
+  test("cannot give the name up, which somebody else could register then", async () => {
+    const { room, alice } = await openWithOperator();
+    const why = "* Operators keep their names, until the server is started without them.";
+    expect(await answersTo(alice, "/unregister")).toEqual([why]);
+    expect(await refusalOf(room, "alice")).toEqual([askedFor("alice")]);
+  });
+
+  test("is told at the start who has to register, and not of others", () => {
+    const { log } = openLogged({ db: withAlice(), operators: ["ALICE"] });
+    expect(log).toEqual([]);
+  });
+
+  test("who shows somebody out tells which lines came too late", async () => {
+    jest.useFakeTimers();
+    const { alice, bob, carol } = await openWithOperator({ rate: 10 });
+    bob.send("flood\n".repeat(50));
+    await carol.until("[bob] flood");
+    await carol.ping();
+    alice.send("/kick bob\n");
+    const told = await bob.rest();
+    expect(told).toEqual([
+      expect.stringMatching(/^\* Your last lines came too late: \d\d or more\.$/),
+      "* You were kicked by alice",
+    ]);
+  });
+});
+
+describe("a ban", () => {
+  const BANNED = "* You are banned for another 60 minutes.";
+
+  /** Opens a room in which bob, who came from another machine, is banned. */
+  async function openBanned(options: Partial<ServerOptions> = {}, openRoom = open) {
+    const place = { address: FAR };
+    const openFar = openFrom(place, openRoom);
+    const { room, log } = openLogged({ db: withAlice(), ...options }, openFar);
+    const bob = await enter(room, "bob");
+    expect(room.command("/ban bob")).toBe("");
+    expect(await bob.rest()).toEqual(["* You were banned by the server for 60 minutes"]);
+
+    /** Gives a first line, from an address. */
+    async function comeFrom(address: string, firstLine: string): Promise<string | null> {
+      place.address = address;
+      const peer = await greeted(room);
+      peer.send(`${firstLine}\n`);
+      return await peer.lineOrEnd();
+    }
+    return { room, log, place, comeFrom };
+  }
+
+  test.each([
+    ["the name", "203.0.113.8", "bob"],
+    ["the name in capitals", "203.0.113.8", "BOB"],
+    ["a name that looks like it", "203.0.113.8", "b0b"],
+    ["the address", FAR, "carol"],
+    ["the address in another form", `::ffff:${FAR}`, "carol"],
+    ["both", FAR, "bob"],
+  ])("holds for %s", async (_, address, name) => {
+    const { room, comeFrom } = await openBanned();
+    expect(await comeFrom(address, name)).toBe(BANNED);
+    expect(namesIn(room)).toEqual([]);
+    expect(room.command("/bans")).toBe(`* bob from ${FAR} is banned for another 60 minutes`);
+  });
+
+  test("does not hold for others at other addresses, and ends by /unban everywhere", async () => {
+    const { room, comeFrom } = await openBanned();
+    expect(await comeFrom("203.0.113.8", "carol")).toStartWith("* The room contains: ");
+    expect(room.command("/unban bob")).toBe("");
+    expect(await comeFrom(FAR, "dave")).toStartWith("* The room contains: ");
+    expect(await comeFrom("203.0.113.8", "bob")).toStartWith("* The room contains: ");
+  });
+
+  test.each(["127.0.0.1", "::1", "::ffff:127.0.0.1"])(
+    "of somebody on this machine does not hold for the others there: %s",
+    async (address) => {
+      const openNear = openFrom({ address });
+      const room = openNear();
+      const bob = await enter(room, "bob");
+      room.command("/ban bob");
+      await bob.rest();
+      expect(room.command("/bans")).toBe("* bob is banned for another 60 minutes");
+      expect(await refusalOf(room, "bob")).toEqual([BANNED]);
+      await enter(room, "carol");
+    },
+  );
+
+  test("of an IPv6 address holds for its whole site", async () => {
+    const place = { address: "2001:db8:1:2:3:4:5:6" };
+    const openFar = openFrom(place);
+    const room = openFar();
+    const bob = await enter(room, "bob");
+    room.command("/ban bob");
+    await bob.rest();
+    place.address = "2001:db8:1:2::1";
+    expect(await refusalOf(room, "carol")).toEqual([BANNED]);
+    place.address = "2001:db8:1:3::1";
+    await enter(room, "carol");
+  });
+
+  test("does not hold for an operator at that address, but for others with a password", async () => {
+    const { room, comeFrom } = await openBanned({ operators: ["alice"] }, openTls);
+    expect(await comeFrom(FAR, LOGIN)).toStartWith("* The room contains: ");
+    expect(namesIn(room)).toEqual(["alice"]);
+  });
+
+  test("holds for a right password: nobody else has to go for it", async () => {
+    const { room, place, comeFrom } = await openBanned({}, openTls);
+    place.address = "203.0.113.8";
+    const alice = await enter(room, LOGIN);
+    expect(await comeFrom(FAR, LOGIN)).toBe(BANNED);
+    expect(await alice.ping()).toEqual([]);
+    expect(namesIn(room)).toEqual(["alice"]);
+  });
+
+  test.each(["bob", "B0B"])("holds for %s when it is wanted by /nick", async (name) => {
+    const { room, place } = await openBanned();
+    place.address = "203.0.113.8";
+    const carol = await enter(room, "carol");
+    const why = `* The name ${name} is banned for another 60 minutes.`;
+    expect(await answersTo(carol, `/nick ${name}`)).toEqual([why]);
+    expect(await answersTo(carol, "/nick dave")).toEqual(["* carol is now called dave"]);
+  });
+
+  test("does not show out others at that address, who may also change their names", async () => {
+    const openFar = openFrom({ address: FAR });
+    const [room, bob, carol] = await gather(openFar(), "bob", "carol");
+    room.command("/ban bob 5");
+    await bob.rest();
+    await carol.until(/has left/);
+    expect(await answersTo(carol, "/nick dave")).toEqual(["* carol is now called dave"]);
+  });
+
+  test("ends after its minutes", async () => {
+    jest.useFakeTimers();
+    const [room, bob] = await gather(open(), "bob");
+    room.command("/ban bob 2");
+    await bob.rest();
+    expect(room.command("/bans")).toBe("* bob is banned for another 2 minutes");
+    await pass(61);
+    expect(room.command("/bans")).toBe("* bob is banned for another 1 minute");
+    await pass(58);
+    expect(await refusalOf(room, "bob")).toEqual(["* You are banned for another 1 minute."]);
+    await pass(2);
+    expect(room.command("/bans")).toBe("* Nobody is banned.");
+    await enter(room, "bob");
+  });
+
+  test("of somebody who keeps trying is logged each time", async () => {
+    const { log, comeFrom } = await openBanned();
+    for (let time = 0; time < 3; time++) await comeFrom(FAR, "carol");
+    const refused = `Refused ${FAR}:PORT: ${BANNED.slice("* ".length)}`;
+    expect(log.filter((line) => line === refused)).toHaveLength(3);
+  });
+});
+
+describe("the terminal of the server", () => {
+  const USAGE_OF_BAN = "* Say it like this: /ban NAME MINUTES, with 1 to 525600 minutes";
+  const FORBIDDEN = "* What is typed here is a command. To talk, say /say TEXT.";
+  test.each([
+    ["/who", "* 1 person is here: bob"],
+    [" /WHO ", "* 1 person is here: bob"],
+    ["/kick", "* Say it like this: /kick NAME REASON"],
+    ["/kick dave", "* Nobody here is called dave."],
+    ["/ban bob 0", USAGE_OF_BAN],
+    ["/bans", "* Nobody is banned."],
+    ["/unban bob", "* bob is not banned."],
+    ["/say", "* Say it like this: /say TEXT"],
+    ["/say  ", "* Say it like this: /say TEXT"],
+    ["/foo bar", "* Unknown command /foo. Try /help."],
+    ["/nick server", "* Unknown command /nick. Try /help."],
+    ["/register password", "* Unknown command /register. Try /help."],
+    ["/", "* Unknown command /. Try /help."],
+    ["hello everybody", FORBIDDEN],
+    ["", ""],
+    ["  \t", ""],
+    ["\x1b\r", ""],
+  ])("answers %j, and nobody hears it", async (line, answer) => {
+    const [room, bob] = await gather(open(), "bob");
+    expect(room.command(line)).toBe(answer);
+    expect(await bob.ping()).toEqual([]);
+  });
+
+  test("has a list of its commands", () => {
+    const help = open().command("/help").split("\n");
+    const names = help.map((line) => line.split(" ")[1]);
+    expect(names).toEqual(["/help", "/who", ...COMMANDS_OF_OPERATORS, "/say"]);
+  });
+
+  test("shows people out, and lets them in again", async () => {
+    const { room, log } = openLogged();
+    const [bob, carol, dave] = await enterAll(room, "bob", "carol", "dave");
+    await bob.ping();
+    expect(room.command("/kick bob that will do")).toBe("");
+    const how = "kicked by the server: that will do";
+    expect(await bob.rest()).toEqual([`* You were ${how}`]);
+    expect(log.at(-1)).toBe(`Removing user: bob from clients (${how})`);
+
+    expect(room.command("/ban carol 5")).toBe("");
+    await carol.rest();
+    expect(room.command("/bans")).toBe("* carol is banned for another 5 minutes");
+    expect(room.command("/unban carol")).toBe("");
+    expect(await dave.lines(3)).toEqual([
+      `* bob has left the chat (${how})`,
+      "* carol has left the chat (banned by the server for 5 minutes)",
+      "* The server says: the server lets carol come back.",
+    ]);
+    expect(await refusalOf(room, "dave")).toEqual(["* The name dave is taken."]);
+    for (const name of ["bob", "carol"]) await enter(room, name);
+  });
+
+  test("says something to everybody, which is in the history", async () => {
+    const { room, log } = openLogged();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    expect(room.command("/say  We stop \x1b[1mat\x07 noon ")).toBe("");
+    const said = "The server says: We stop [1mat noon";
+    for (const peer of [alice, bob]) expect(await peer.line()).toBe(`* ${said}`);
+    expect(log.at(-1)).toBe(said);
+
+    const { peer: carol } = await follow(room, "carol");
+    expect(await linesUntil(carol, "* carol has joined the chat")).toContain(`* ${said}`);
+    carol.send("/history\n");
+    expect(await carol.line()).toBe("* Nothing has been said yet."); // by people
+  });
+});
+
+describe.concurrent("bun server.ts --operators", () => {
+  const COMMAND = [process.execPath, "server.ts", "--port", "0"];
+
+  const NEEDS_DB = "--operators goes together with --db, where names are registered";
+  const names = (given: string) =>
+    `--operators takes names with commas between them, not ${JSON.stringify(given)}`;
+  test.each([
+    ["--operators alice", NEEDS_DB],
+    ["--operators=", NEEDS_DB],
+    ["--operators= --db FILE", names("")],
+    ["--operators alice, --db FILE", names("alice,")],
+    ["--operators alice;bob --db FILE", names("alice;bob")],
+    [`--operators ${"a".repeat(33)} --db FILE`, names("a".repeat(33))],
+  ])("is wrong usage: %s", async (options, why) => {
+    const file = newFile();
+    const words = options.replace("FILE", file).split(" ");
+    const result = await inPipe([...COMMAND, ...words]).result();
+    expect(result).toEqual({ code: 2, out: "", err: `${why}. See bun server.ts --help.\n` });
+    expect(fs.existsSync(file)).toBe(false);
+  });
+
+  test("says who has to register, and how", async () => {
+    const server = await serve("--db", withAlice(), "--operators", "alice, Øyvind ,Zoe\u0308");
+    const hints = server.out.text.matchAll(/ (The operator .*)\n/g);
+    expect(Array.from(hints, ([, hint]) => hint)).toEqual(
+      ["Øyvind", "Zoë"].map(
+        (name) =>
+          `The operator ${name} is not registered yet: enter as ${name} on this machine, and say /register PASSWORD.`,
+      ),
+    );
+    const alice = await enter(server, LOGIN);
+    expect(await answersTo(alice, "/bans")).toEqual(["* Nobody is banned."]);
+  });
+
+  test("does what is typed at the terminal, and goes on after Ctrl+D", async () => {
+    const server = inTerminal(COMMAND);
+    const [, port] = await server.out.until(/running on 127\.0\.0\.1:(\d+), waiting/);
+    await server.prints("/who\n", "* 0 people are here:");
+    const peers = await enterAll({ port: Number(port) }, "alice", "bob", "carol");
+    const [alice, bob, carol] = peers;
+    await server.prints("/say hello\n/who\n", `* 3 people are here: alice, bob, carol`);
+    await alice.until("* The server says: hello");
+    await server.prints("/kick carol\n", "carol from clients (kicked by the server)");
+    await carol.until("* You were kicked by the server");
+
+    server.type("\x04");
+    await stillServes({ port: Number(port) }, alice, bob);
+    for (const peer of peers) peer.socket.terminate();
+    server.child.kill("SIGTERM");
+    await server.ends(0, "Server is shutting down");
+  });
+
+  const ORDERS = `${folder}/orders`;
+  test.each(["/dev/null", ORDERS, `<(cat ${ORDERS})`])(
+    "does nothing that comes from elsewhere: %s",
+    async (input) => {
+      await Bun.write(ORDERS, "/say hello\n/kick alice\n/ban bob\n");
+      const script = `exec "$0" server.ts --port 0 < ${input}`;
+      const server = await serveBy(["bash", "-c", script, process.execPath]);
+      const [alice, bob] = await enterAll(server, "alice", "bob");
+      await stillServes(server, alice, bob);
+      const heard = ["* latecomer has joined the chat", "* latecomer has left the chat"];
+      expect(await alice.ping()).toEqual(heard);
+      for (const peer of [alice, bob]) peer.socket.terminate();
+      server.child.kill("SIGTERM");
+      const { code, out } = await server.result();
+      expect(code).toBe(0);
+      expect(out).not.toMatch(/The server says|Nobody here/);
+    },
+  );
+
+  test("leaves the terminal to a shell that has started it in the background, until fg", async () => {
+    const shell = inTerminal(["bash", "--norc", "-i"], { env: { PS1: "$ " } });
+    shell.type(`${COMMAND.join(" ")} &\n`);
+    const [, pid] = await shell.out.until(/\[1\] (\d+)/);
+    cleanups.push(() => Bun.spawnSync(["kill", "-9", `${pid}`])); // if it is still there
+    const [, port] = await shell.out.until(/running on 127\.0\.0\.1:(\d+), waiting/);
+    await shell.prints("/say-hello\n", "/say-hello: No such file");
+    await shell.prints("jobs\n", /\[1\]\+ +Running /);
+    const [alice, bob] = await enterAll({ port: Number(port) }, "alice", "bob");
+
+    shell.type("fg\n/say hello\n");
+    for (const peer of [alice, bob]) expect(await peer.line()).toBe("* The server says: hello");
+
+    await shell.prints("\x1a", /\[1\]\+ +Stopped /);
+    await shell.prints("bg\n", /\[1\]\+ /);
+    await stillServes({ port: Number(port) }, alice, bob); // it has seen that it goes on
+    await shell.prints("/say-more\n", "/say-more: No such file");
+    await shell.prints("jobs\n", /\[1\]\+ +Running /);
+    expect(await alice.ping()).toHaveLength(2); // arrivals
+    for (const peer of [alice, bob]) peer.socket.terminate();
+    await shell.prints("kill %1; wait\n", "Server is shutting down");
+  });
+});
+
+// --- 17. Faults --------------------------------------------------------------------------------
 
 /** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
 function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {
@@ -5155,5 +6456,123 @@ describe("a machine that has vanished", () => {
     const look = () => timer.exec(fs.readFileSync("/proc/net/tcp", "latin1"));
     while (!look()) await turns(1);
     expect(Number(`0x${look()?.[1]}`)).toBeWithin(4000, 4501);
+  });
+});
+
+describe("registered names", () => {
+  /** A trigger by which SQLite refuses a change. */
+  const refuse = (change: string) =>
+    `CREATE TRIGGER refuse BEFORE ${change} BEGIN SELECT RAISE(ABORT, 'on purpose'); END`;
+
+  const CHANGED = "The registered names cannot be changed: on purpose.";
+
+  test.each([
+    ["registered", "INSERT ON accounts", "bob", "/register another horse"],
+    ["changed", "UPDATE ON accounts", LOGIN, "/password another horse"],
+    ["given up", "DELETE ON accounts", LOGIN, "/unregister"],
+  ])("that cannot be %s stay as they are", async (_, change, login, command) => {
+    const { room, problems } = openLogged({ db: withAlice(refuse(change)) });
+    const peer = await enter(room, login);
+    const answer = "* That could not be stored: on purpose.";
+    expect(await answersTo(peer, command)).toEqual([answer]);
+    expect(problems.splice(0)).toEqual([CHANGED]);
+    peer.send("/quit\n");
+    await peer.rest();
+    await enter(room, "bob");
+    await enter(room, LOGIN);
+  });
+
+  test("cannot be changed while the history cannot be stored", async () => {
+    const db = withAlice(refuse("INSERT ON history"));
+    const { room, problems } = openLogged({ db });
+    const [alice, bob] = await enterAll(room, LOGIN, "bob");
+    const answer = ["* Nothing can be stored now. Try again later."];
+    expect(await answersTo(alice, "/password another horse")).toEqual(answer);
+    expect(await answersTo(alice, "/unregister")).toEqual(answer);
+    expect(await answersTo(bob, "/register another horse")).toEqual(answer);
+    expect(problems.splice(0)).toEqual([
+      "The history cannot be stored: on purpose. The chat goes on.",
+    ]);
+    await enter(room, LOGIN);
+  });
+
+  test("are had by their password when a better hash of it cannot be stored", async () => {
+    const weak = await Bun.password.hash(PASSWORD, { algorithm: "bcrypt", cost: 4 });
+    const change = `UPDATE accounts SET hash = '${weak}'`;
+    const file = withAlice(change, refuse("UPDATE ON accounts"));
+    const { room, problems } = openLogged({ db: file });
+    const alice = await enter(room, LOGIN);
+    expect(problems.splice(0)).toEqual([CHANGED]);
+    expect(await hashOfAlice(room, file, alice)).toBe(weak);
+  });
+
+  test("cost one connection by an exception behind a password, and others still get in", async () => {
+    let isArmed = true;
+    const log = (event: string) => {
+      if (!isArmed || !event.startsWith("User alice has joined")) return;
+      isArmed = false;
+      throw new Error("on purpose");
+    };
+    const { room, problems } = openLogged({ db: withAlice(), log });
+    const [bob, carol] = await enterAll(room, "bob", "carol");
+    const victim = await greeted(room);
+    victim.send(`${LOGIN}\n`);
+    await victim.closed.promise;
+    expect(problems.splice(0)).toEqual([expect.stringContaining("on purpose")]);
+    await enter(room, LOGIN);
+    await stillServes(room, bob, carol);
+  });
+
+  const UNKNOWN = "* The registered names cannot be looked up now. Try again later.";
+
+  test("that cannot be read are nobody's, nor is any other name", async () => {
+    const file = withAlice();
+    {
+      using database = new Database(file);
+      const tree = "SELECT rootpage AS page FROM sqlite_schema WHERE name = 'accounts'";
+      const { page } = database.query<{ page: number }, []>(tree).get() ?? { page: NaN };
+      database.close();
+      const bytes = fs.readFileSync(file);
+      fs.writeFileSync(file, bytes.fill(0xff, (page - 1) * 4096, page * 4096));
+    }
+    const { room, problems } = openLogged({ db: file, operators: ["alice"] });
+    for (const firstLine of ["alice", LOGIN, "bob"])
+      expect(await refusalOf(room, firstLine)).toEqual([UNKNOWN]);
+    expect(room.clients).toHaveLength(0);
+    const problem = "The registered names cannot be read: it is damaged.";
+    expect(problems.splice(0)).toEqual(times(4, () => problem)); // the first one at the start
+  });
+
+  test("that cannot be read any more change nothing for those in the room", async () => {
+    let isBroken = false;
+    const { query } = Database.prototype;
+    cleanups.push(() => (Database.prototype.query = query));
+    Database.prototype.query = function (this: Database, sql: string) {
+      const statement = query.call(this, sql);
+      const { all } = statement;
+      statement.all = (...given) => {
+        if (isBroken && sql.includes("FROM accounts")) throw new Error("on purpose");
+        return all.apply(statement, given);
+      };
+      return statement;
+    } as typeof query;
+    const { room, problems } = openLogged({ db: withAlice(), operators: ["alice"] });
+    const [alice, bob] = await enterAll(room, LOGIN, "bob");
+
+    isBroken = true;
+    for (const command of ["/nick carol", `/nick ${LOGIN}`, "/register another horse"])
+      expect(await answersTo(bob, command)).toEqual([UNKNOWN]);
+    expect(await answersTo(alice, "/password another horse")).toEqual([UNKNOWN]);
+    alice.send("/kick bob\n");
+    expect(await alice.line()).toBe("* Unknown command /kick. Try /help."); // in doubt no operator
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    for (const problem of problems.splice(0))
+      expect(problem).toBe("The registered names cannot be read: on purpose.");
+
+    isBroken = false;
+    expect(await answersTo(alice, "/kick bob")).toEqual([
+      "* bob has left the chat (kicked by alice)",
+    ]);
   });
 });
