@@ -4452,7 +4452,7 @@ describe("a client that is shown out", () => {
       `Not connected: the password was not sent.\nConnection closed.\n${MENU}|`,
     );
     await alex.press("1\rAlex\r", "* The room contains: bob, carol\nYou: |");
-    alex.type("half a li");
+    await alex.press("half a li", "You: half a li|");
     server.say(ELSEWHERE);
     await alex.press("", `Connection closed.\n${MENU}|`);
     await alex.press("1\rAlex\r", "* The room contains: bob, carol\nYou: |");
