@@ -4356,6 +4356,7 @@ describe("the client and passwords", () => {
     ["is taken from the environment", "s3cret!!", [REGISTERED], 0, ""],
     ["is wrong", "s3cret!!", [REGISTERED, REGISTERED], 1, "The password is wrong.\n"],
     ["is missing", "", [REGISTERED], 1, `${NO_PASSWORD}\n`],
+    ["is blank", "  ", [REGISTERED], 1, `${NO_PASSWORD}\n`],
     ["is not needed", "s3cret!!", [], 0, ""],
   ])("in a pipe one %s", async (_, password, refusals, code, err) => {
     const server = budgetChat({ isOurs: true, refusals });

@@ -2397,7 +2397,7 @@ async function joinAs(screen: Screen, room: Room, name: string): Promise<string 
     if (password && !screen.isPerson) return WRONG_PASSWORD;
     if (password) screen.notice(WRONG_PASSWORD);
     password = (await screen.askPassword(`Password for ${name}: `)) ?? "";
-    if (!password) return screen.isPerson ? refused : NO_PASSWORD;
+    if (password.trim() === "") return screen.isPerson ? refused : NO_PASSWORD;
   }
 }
 
