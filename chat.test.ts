@@ -5835,7 +5835,7 @@ describe("a password", () => {
     await expectNowhere(openLogged(), lines);
   });
 
-  /** Sees that one who says these lines leaves no trace of the password. */
+  /** Sees that these lines, when they are said, leave no trace of the password. */
   async function expectNowhere(
     { room, log, problems }: ReturnType<typeof openLogged>,
     lines: readonly string[],

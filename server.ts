@@ -1801,7 +1801,7 @@ const UNSAFE =
 const PASSWORD_RULE = `* A password has ${MIN_PASSWORD} to ${MAX_PASSWORD} characters.`;
 
 // The end of the first line of an HTTP request (RFC 9112, section 3). No password ends so, or else a web
-// page could enter as somebody who is called GET.
+// page could enter under the name GET.
 const REQUEST = / HTTP\/\d(?:\.\d)?$/;
 
 /**
@@ -2038,10 +2038,42 @@ function isWeak(hash: string): boolean {
 
 function register(server: Server, client: Client, typed: string): void {
   const name = nameOf(server.room, client.id);
+  const check = () => checkRegistration(server, client, name);
+  hashNewPassword(server, client, typed, "/register PASSWORD", check, (hash) => {
+    const problem = changeAccounts(server, ({ add }) => add(name, hash));
+    if (problem !== null) return problem;
+
+    if (client.address && sharesBudget(server))
+      spend(client.address.registrations, 1, REGISTER_RATE, REGISTER_BURST);
+    server.options.log?.(`The name ${name} has been registered.`);
+    return explainNewAccount(name);
+  });
+}
+
+function changePassword(server: Server, client: Client, typed: string): void {
+  const name = nameOf(server.room, client.id);
+  const check = () => checkRegistered(server, name);
+  hashNewPassword(server, client, typed, "/password NEW", check, (hash) => {
+    const problem = changeAccounts(server, ({ change }) => change(name, hash));
+    return problem ?? `* The password of ${name} is changed.`;
+  });
+}
+
+/**
+ * Hashes a new password, and tells the client what came of it.
+ * @param check says why the name cannot have it, or null; asked before the hash is made and again after
+ * @param store keeps the hash. It returns what to answer.
+ */
+function hashNewPassword(
+  server: Server,
+  client: Client,
+  typed: string,
+  usage: string,
+  check: () => string | null,
+  store: (hash: string) => string,
+): void {
   const password = normalizePassword(typed);
-  const why =
-    checkPassword(server, client, password, "/register PASSWORD") ??
-    checkRegistration(server, client, name);
+  const why = checkPassword(server, client, password, usage) ?? check();
   if (why !== null) {
     answer(server, client, why);
     return;
@@ -2049,19 +2081,7 @@ function register(server: Server, client: Client, typed: string): void {
 
   addTask(server, client, async () => {
     const hash = await hashPassword(password);
-    return () => {
-      const problem =
-        checkRegistration(server, client, name) ??
-        changeAccounts(server, ({ add }) => add(name, hash));
-      if (problem !== null) {
-        answer(server, client, problem);
-        return;
-      }
-      if (client.address && sharesBudget(server))
-        spend(client.address.registrations, 1, REGISTER_RATE, REGISTER_BURST);
-      server.options.log?.(`The name ${name} has been registered.`);
-      answer(server, client, explainNewAccount(name));
-    };
+    return () => answer(server, client, check() ?? store(hash));
   });
 }
 
@@ -2096,25 +2116,6 @@ function checkRegistration(server: Server, client: Client, name: string): string
   return hasRegisteredMany
     ? "* Too many names were registered from your address. Try again in ten minutes."
     : null;
-}
-
-function changePassword(server: Server, client: Client, typed: string): void {
-  const name = nameOf(server.room, client.id);
-  const password = normalizePassword(typed);
-  const why =
-    checkPassword(server, client, password, "/password NEW") ?? checkRegistered(server, name);
-  if (why !== null) {
-    answer(server, client, why);
-    return;
-  }
-
-  addTask(server, client, async () => {
-    const hash = await hashPassword(password);
-    return () => {
-      const problem = changeAccounts(server, ({ change }) => change(name, hash));
-      answer(server, client, problem ?? `* The password of ${name} is changed.`);
-    };
-  });
 }
 
 /** Why a name that should be registered cannot be dealt with, or null if it can. */
