@@ -1046,14 +1046,14 @@ async function refusalOf(server: Address, firstLine: string): Promise<string[]> 
 const PASSWORD = "correct horse"; // of alice
 const LOGIN = `alice ${PASSWORD}`;
 
-/** What somebody hears who wants a name that is registered. */
+/** The answer to a registered name without its password. */
 const askedFor = (name: string) =>
   `* The name ${name} is registered. Enter it with its password: ${name} PASSWORD`;
 
-/** What its owner hears. */
+/** The answer to its owner. */
 const registered = (name: string) => askedFor(name).replace("registered", "registered now");
 
-/** What somebody hears who gives a password for a name that has none. */
+/** The answer to a password for a name that has none. */
 const notRegistered = (name: string) =>
   `* The name ${name} is not registered, so it has no password. Enter it alone: ${name}`;
 
@@ -4025,13 +4025,19 @@ describe("nothing is missed", () => {
   const CAUGHT_UP = ["* Since 9 until 9", "* Alex has joined the chat", "* 10"];
   const CAUGHT_UP_AGAIN = ["* Since 10 until 11", "* 11", "* Alex has joined the chat", "* 12"];
 
-  test("also when the connection is lost on the way out", async () => {
+  /** Says a line and leaves, and the connection is lost before the line has come back. */
+  async function lostOnTheWayOut() {
     const { server, room, answer } = await pretender();
     await answer("/since", ...CAUGHT_UP);
     void room.send("one");
     const left = room.leave();
     await server.heard.until("Alex: one\n");
     server.drop();
+    return { server, answer, left };
+  }
+
+  test("also when the connection is lost on the way out", async () => {
+    const { answer, left } = await lostOnTheWayOut();
     await answer("/since 10", ...CAUGHT_UP_AGAIN);
     await answer("one", "[Alex] one", "* 13");
     expect(await left).toEqual({ unsent: 0, isComplete: true });
@@ -4040,12 +4046,7 @@ describe("nothing is missed", () => {
   test.each(["/since 10", "one"])(
     "also when it is shown out on the way, after %s",
     async (last) => {
-      const { server, room, answer } = await pretender();
-      await answer("/since", ...CAUGHT_UP);
-      void room.send("one");
-      const left = room.leave();
-      await server.heard.until("Alex: one\n");
-      server.drop();
+      const { server, answer, left } = await lostOnTheWayOut();
       if (last === "one") await answer("/since 10", ...CAUGHT_UP_AGAIN);
       await answer(last, "* You have come in from elsewhere.");
       for (const guest of server.guests) guest.socket.shutdown();
@@ -4266,7 +4267,9 @@ describe("the client and passwords", () => {
   test("are sent only where nobody can read them", async () => {
     const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
     const alex = inTerminal(distant(server.port, "--name", "Alex"));
-    await alex.out.until("and passwords are sent only under TLS, or to this");
+    await alex.out.until(
+      "The name is registered. A password is sent only to a server of bun-chat,",
+    );
     await alex.shows("Enter your username: |");
     await alex.press("Sam\r", "* The room contains: bob, carol\nYou: |");
     await alex.prints("/register s3cret!!\r", UNSAFE);
@@ -4373,8 +4376,8 @@ describe("the client and passwords", () => {
   });
 
   test.each([
-    ["registers a name", "/register first try", ""],
-    ["changes a password", "/password first try", "/register forgotten\n"],
+    ["registers a name", "/register first try ", ""],
+    ["changes a password", "/password first try ", "/register forgotten\n"],
     ["takes a name", "/nick Alex first try", ""],
   ])("whoever %s comes back with it after a crash of the server", async (_, command, before) => {
     const file = newFile();
@@ -5577,7 +5580,7 @@ describe("guessing a password", () => {
     return guessers;
   }
 
-  /** Counts those who have been told that they are wrong. */
+  /** Counts the peers that were told that they are wrong. */
   const countRefused = (guessers: readonly Peer[]) =>
     guessers.filter(({ isOpen }) => !isOpen).length;
 

@@ -15,8 +15,8 @@
  * in either direction, and none comes twice.
  *
  * From top to bottom: options and limits, text, what a line means, how it is shown, lines on their way,
- * the history, passwords, the connection, the editor of a line, the display, the two screens, the conversation,
- * the program.
+ * the history, passwords, the connection, the editor of a line, the display, the two screens, the
+ * conversation, the program.
  */
 
 import { X509Certificate } from "node:crypto";
@@ -429,6 +429,11 @@ function kindOf(text: string, { length }: Uint8Array): Outgoing["kind"] {
   return isTooLong || /^\/(?!\/)/.test(text) ? "command" : "said";
 }
 
+/** A line without its newline. Blanks at its end may belong to a password. */
+function textOf({ bytes }: Outgoing): string {
+  return Buffer.from(bytes).toString().slice(0, -1);
+}
+
 type Outbox = ReturnType<typeof createOutbox>;
 
 /** Lines that wait to be sent, and those that were sent and may not have arrived. */
@@ -509,7 +514,7 @@ export function createOutbox() {
     /** The change of our name or its password that is not answered yet, or "". */
     get change() {
       const last = underWay.at(-1);
-      return last?.kind === "change" ? Buffer.from(last.bytes).toString().trimEnd() : "";
+      return last?.kind === "change" ? textOf(last) : "";
     },
 
     /** Adds a line. Resolves when nothing waits any more, or will be sent any more. */
@@ -547,7 +552,7 @@ export function createOutbox() {
      * @returns how many lines may be lost, because they are not sent again
      */
     handleLoss(): number {
-      const isSecret = ({ bytes }: Outgoing) => hasPassword(Buffer.from(bytes).toString());
+      const isSecret = (line: Outgoing) => hasPassword(textOf(line));
       const secrets = waiting.filter(isSecret).length; // the next connection may not be safe
       const lost = unconfirmed + underWay.filter(isCommand).length + secrets;
       waiting = waiting.filter((line) => !isSecret(line));
@@ -792,7 +797,7 @@ const WITH_PASSWORD =
 
 /** Whether a line is a command with a password. */
 function hasPassword(line: string): boolean {
-  return line.startsWith("/") && WITH_PASSWORD.test(line.trimEnd());
+  return line.startsWith("/") && WITH_PASSWORD.test(line);
 }
 
 /** Masks the password in a command. */
@@ -1148,10 +1153,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
   }
 
   function showPresent(entries: Entry[]): void {
-    for (const { who, renamed } of entries) {
-      if (!renamed || who !== name) continue;
-      name = copyOf(renamed);
-    }
+    for (const { who, renamed } of entries) if (renamed && who === name) name = copyOf(renamed);
     show(entries);
   }
 
@@ -1233,9 +1235,10 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       return;
     }
 
+    const isNeedless = NEEDS_NO_PASSWORD.test(refused) && keyring.passwordOf(name) !== undefined;
     const hasAnother = NEEDS_PASSWORD.test(refused) && keyring.tryAnother(name);
-    if (NEEDS_NO_PASSWORD.test(refused)) keyring.forget();
-    if (hasAnother || NEEDS_NO_PASSWORD.test(refused)) connect();
+    if (isNeedless) keyring.forget();
+    if (isNeedless || hasAnother) connect();
     else if (NEEDS_PASSWORD.test(refused) || BANNED.test(refused)) endStay(refused);
     else fail(refused); // it was ours a moment ago: the server has not noticed yet that we were gone
   }
@@ -2173,7 +2176,7 @@ function openPipe(): Screen {
 
   return {
     isPerson: false,
-    ask: () => {
+    ask() {
       if (hasEnded) return Promise.resolve(undefined);
       const { promise, resolve, reject } = Promise.withResolvers<Line | undefined>();
       answer = resolve;
@@ -2218,7 +2221,7 @@ const WHO = "Enter your username: ";
 const PATIENCE = "Waiting for the server to take the last lines. Ctrl+C ends at once.";
 const NO_BLANKS = "A name has no blanks. Its password is asked for.";
 const UNSAFE_NAME =
-  "The name is registered, and passwords are sent only under TLS, or to this machine.";
+  "The name is registered. A password is sent only to a server of bun-chat, and under TLS or to this machine.";
 const PROOF = "Waiting for the server to answer. Ctrl+C ends at once.";
 const WRONG_PASSWORD = "The password is wrong.";
 const NO_PASSWORD =

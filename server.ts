@@ -1988,10 +1988,6 @@ function proveName(
         return;
       }
       addGuessCredit(client, GUESS_PRICE); // it was no guess
-      if (hasGivenUp(client)) {
-        dismiss(server, client); // it would throw out somebody, and leave
-        return;
-      }
       if (strongerHash) changeAccounts(server, ({ change }) => change(event.name, strongerHash));
       takeOver(server, client, event);
     };
@@ -2012,6 +2008,10 @@ function takeOver(server: Server, client: Client, event: NameEvent): void {
   }
 
   const other = findClient(server, event.name);
+  if (other && hasGivenUp(client)) {
+    dismiss(server, client); // it would only throw out the other, and leave
+    return;
+  }
   if (other && other !== client)
     showOut(server, other, "* You have come in from elsewhere.", "came in from elsewhere");
   propose(server, client, event);
