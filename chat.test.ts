@@ -2551,7 +2551,7 @@ describe("the editor", () => {
     one two  three<ctrl+w><ctrl+y><ctrl+y> = one two  threethree|; one two  <ctrl+w> = one |;
     one two<left><ctrl+u> = |o; one two<home><alt+f><ctrl+k> = one|; one two<alt+backspace> = one |;
     one two<ctrl+w><ctrl+u><ctrl+y> = one |; a b<ctrl+w><ctrl+k><end><ctrl+y> = a b|;
-    a b<ctrl+w><backspace><ctrl+y> = ab|`;
+    a b<ctrl+w><backspace><ctrl+y> = ab|; /register x<ctrl+w><ctrl+y> = /register |`;
   const HISTORY = `
     one<enter>two<enter><up><up><down> = two|; one<enter>two<enter><up><up><up><up><down> = two|;
     one<enter>two<enter><ctrl+p><ctrl+p><ctrl+n>! = two!|; one<enter>xyz<up><up><down> = xyz|;
@@ -4332,6 +4332,23 @@ describe("the client and passwords", () => {
     await server.heard.until("joined: Alex s3cret!!\n");
   });
 
+  test("that are pasted behind an empty line are not taken for a name", async () => {
+    const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
+    const alex = inTerminal(client(server.port, "--name", "Alex"));
+    await alex.shows("Password for Alex: |");
+    await alex.press(paste("\rs3cret!!\r"), "* The room contains: bob, carol\nYou: |");
+    expect(server.heard.text).toContain("joined: Alex s3cret!!\n");
+  });
+
+  test("are not offered without end to a server that wants none and refuses the name", async () => {
+    const server = budgetChat({ isOurs: true });
+    const alex = inProcess(server.port);
+    await alex.room.join("Alex");
+    server.refusals.push("* The name Alex is not registered, so it has no password.");
+    server.drop();
+    await alex.notices.until("so it has no password. Trying again in");
+  });
+
   test("that are not needed any more are forgotten", async () => {
     const server = budgetChat({ isOurs: true, refusals: [REGISTERED] });
     const alex = inProcess(server.port);
@@ -4360,6 +4377,7 @@ describe("the client and passwords", () => {
     ["is wrong", "s3cret!!", [REGISTERED, REGISTERED], 1, "The password is wrong.\n"],
     ["is missing", "", [REGISTERED], 1, `${NO_PASSWORD}\n`],
     ["is blank", "  ", [REGISTERED], 1, `${NO_PASSWORD}\n`],
+    ["loses a newline", "s3\ncret!!", [REGISTERED], 0, ""],
     ["is not needed", "s3cret!!", [], 0, ""],
   ])("in a pipe one %s", async (_, password, refusals, code, err) => {
     const server = budgetChat({ isOurs: true, refusals });
@@ -4504,6 +4522,16 @@ describe("a client that is shown out", () => {
     const err = "The server has ended our stay.\n";
     expect(await alex.result()).toMatchObject({ code: 1, err });
     expect(server.guests).toHaveLength(1);
+  });
+
+  test("in a pipe ends also while a line waits for the answer to a command", async () => {
+    const { alex, server } = inPipeWith({ greeting: WELCOME });
+    await server.heard.until("/since\n");
+    server.say("* Since 9 until 9", "* Alex has joined the chat", "* 10");
+    alex.type("/nick Al\nbehind\n");
+    await server.heard.until("/nick Al\n");
+    server.say(ELSEWHERE);
+    expect(await alex.result()).toMatchObject({ code: 1, err: "The last lines may be lost.\n" });
   });
 
   test("by the same client elsewhere, which then is the only one", async () => {

@@ -807,7 +807,7 @@ export function hidePassword(text: string): string {
 }
 
 // What a server of ours answers to such commands.
-const PASSWORD_SET = /^\* The (?:name|password of) (\S+) is (?:registered now|changed)\./;
+const PASSWORD_SET = /^\* The (?:name|password of) \S+ is (?:registered now|changed)\./;
 const UNREGISTERED = /^\* The name \S+ is not registered any more\.$/;
 
 /** A name and its password. */
@@ -837,9 +837,9 @@ export function createKeyring() {
      */
     hear(line: string, change: string, ownName: string): void {
       const { who, renamed } = classify(line);
-      const [, confirmed = who === ownName ? renamed : undefined] = PASSWORD_SET.exec(line) ?? [];
+      const isRenamed = renamed !== undefined && who === ownName;
       const login = readLogin(change, ownName);
-      if (login && confirmed !== undefined && isSameName(login.name, confirmed)) known = login;
+      if (login && (isRenamed || PASSWORD_SET.test(line))) known = login;
       if (UNREGISTERED.test(line)) known = null;
     },
 
@@ -1898,7 +1898,7 @@ function createKeyboard(display: Display, view: View) {
     redraw = undefined;
     const waiting = entered.filter(({ from }) => from === "paste").length;
     const status = `${waiting} lines are on their way at the pace of the room; Ctrl+C stops them.`;
-    if (password || isUnseen) {
+    if (isUnseen) {
       display.draw({ ...NO_INPUT, prompt: question });
       return;
     }
@@ -1976,7 +1976,6 @@ function createKeyboard(display: Display, view: View) {
 
   /** What was entered so far is not sent. */
   function dropEntered(): void {
-    clearTimeout(blankLine);
     const unsent = countWaiting();
     entered.length = 0;
     if (unsent > 0) view.notice(`${linesWere(unsent)} not sent.`);
