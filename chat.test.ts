@@ -4179,7 +4179,7 @@ describe("the client and passwords", () => {
     ["one that was given", "", "", "given"],
     ["a new one", "/register new", NEW, "new"],
     ["a changed one", "/password  new one", CHANGED, " new one"],
-    ["that of a name that was taken", "/nick alex new", "* Alex is now called alex", "new"],
+    ["none that was not looked at", "/nick alex new", "* Alex is now called alex", "given"],
     ["none that was refused", "/password short", "* A password has 8 to 256 ...", "given"],
     ["none of another name", "/nick bob new", "* Alex is now called bob", undefined],
     ["none of somebody else", "/nick alex new", "* bob is now called alex", "given"],

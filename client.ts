@@ -837,9 +837,10 @@ export function createKeyring() {
      */
     hear(line: string, change: string, ownName: string): void {
       const { who, renamed } = classify(line);
-      const isRenamed = renamed !== undefined && who === ownName;
+      // Our own name in other letters needs no password, so that proves nothing.
+      const isTaken = renamed !== undefined && who === ownName && !isSameName(renamed, ownName);
       const login = readLogin(change, ownName);
-      if (login && (isRenamed || PASSWORD_SET.test(line))) known = login;
+      if (login && (isTaken || PASSWORD_SET.test(line))) known = login;
       if (UNREGISTERED.test(line)) known = null;
     },
 

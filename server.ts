@@ -2143,12 +2143,13 @@ function changeAccounts(server: Server, change: (accounts: Accounts) => void): s
   if (!accounts) return IN_MEMORY_ONLY;
   try {
     change(accounts);
-    history.keepStamp();
     return null;
   } catch (error) {
     const reason = reasonOf(error);
     options.logError?.(`The registered names cannot be changed: ${reason}.`);
     return `* That could not be stored: ${reason}.`;
+  } finally {
+    history.keepStamp();
   }
 }
 
@@ -2176,7 +2177,7 @@ async function doTasks(server: Server): Promise<void> {
  * comes first, and one of a client that may have gone comes last.
  */
 function takeTask(server: Server): Task | undefined {
-  server.tasks = server.tasks.filter(({ client }) => client.phase !== "closing");
+  server.tasks = server.tasks.filter(({ client }) => isThere(server, client));
 
   let next: Task | undefined;
   for (const task of server.tasks) {
@@ -2189,6 +2190,11 @@ function takeTask(server: Server): Task | undefined {
   addGuessCredit(next.client, -GUESS_PRICE);
   if (next.client.address) spend(next.client.address.hashing, 1, HASHING_RATE, HASHING_BURST);
   return next;
+}
+
+/** Whether a client is neither on its way out nor gone. When many go, each leaves in a later turn. */
+function isThere(server: Server, { id, phase }: Client): boolean {
+  return phase !== "closing" && server.connections.has(id);
 }
 
 /** The lower, the sooner. */
@@ -2206,7 +2212,7 @@ async function doTask(server: Server, { client, run }: Task): Promise<void> {
   try {
     const finish = await run();
     client.task = null;
-    if (client.phase === "closing") return;
+    if (!isThere(server, client)) return;
     finish();
     confirmAnswer(server, client);
     readOn(server, client);
