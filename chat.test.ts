@@ -4646,7 +4646,7 @@ describe("what was said", () => {
     const [alice, bob] = await enterAll(open(), "alice", "bob");
     bob.send("hello\n");
     await alice.line();
-    for (const number of ["0", "x", "-1", "1e3", "1 2", "1.5", "9999999999"]) {
+    for (const number of ["0", "x", "-1", "1e3", "1 x", "0 2", "1 2 3", "1.5", "9999999999"]) {
       alice.send(`/history ${number}\n`);
       expect(await alice.line()).toBe("* Say it like this: /history N, with N from 1 to 200");
     }
@@ -4662,6 +4662,50 @@ describe("what was said", () => {
     const said = ["[alice] one", "[alice] /two", "[anna] three"];
     expect(answer.slice(5).map((line) => line.slice("* 2026-11-24 10:42 ".length))).toEqual(said);
     expect(await alice.ping()).toEqual([]);
+  });
+
+  const OLDER: Row[] = [
+    [1_000_000, ""],
+    [2_000_000, "[old] one\n* old has left the chat\n"],
+    [3_000_000, "* new has joined the chat\n"],
+    [4_000_000, "[new] two\n[new] three\n"],
+    [5_000_000, "[new] four\n"],
+  ];
+
+  test.each([
+    ["1 5000001", ["* 5000000 [new] four"]],
+    ["1 5000000", ["* 4000000 [new] two", "* 4000000 [new] three"]], // a batch comes as a whole
+    ["3 5000000", ["* 2000000 [old] one", "* 4000000 [new] two", "* 4000000 [new] three"]],
+    ["200  4000000", ["* 2000000 [old] one"]],
+    ["201 2000000", ["* Nothing was said before that."]],
+    ["1 0", ["* Nothing was said before that."]],
+  ])("before a position is shown by /history %s", async (request, shown) => {
+    const room = open({ db: writeHistory(OLDER), keep: 0 });
+    const { peer } = await follow(room, "carol");
+    await linesUntil(peer, "* carol has joined the chat");
+    peer.send(`/history ${request}\n`);
+    expect(await peer.lines(shown.length + 1)).toEqual([...shown, ANSWERED]);
+  });
+
+  test("before a position is shown with dates to people", async () => {
+    const carol = await enter(open({ db: writeHistory(OLDER), keep: 0 }), "carol");
+    carol.send("/history 1 5000000\n");
+    const date = expect.stringMatching(
+      /^\* (1970-01-01|1969-12-31) \d\d:\d\d \[new\] (two|three)$/,
+    );
+    expect(await carol.ping()).toEqual([date, date]);
+  });
+
+  test("before a position is not all of a long history at once", async () => {
+    const long = Array.from({ length: 20 }, (_, number): Row => {
+      return [2_000_000 + number, `[old] ${number}\n${"* x has joined the chat\n".repeat(10_000)}`];
+    });
+    const room = open({ db: writeHistory([[1_000_000, ""], ...long]), keep: 0 });
+    const carol = await enter(room, "carol");
+    carol.send("/history 200 9000000\n");
+    const shown = await carol.ping();
+    expect(shown.at(-1)).toEndWith("[old] 19");
+    expect(shown.length).toBeWithin(4, 7); // a MiB of the file was searched
   });
 
   test("has the local time, and the next server finds it in the file", async () => {
@@ -4974,7 +5018,7 @@ describe("a history in a file", () => {
     expect(search()).toBe(isKept);
   });
 
-  test("of version 1 is made one of version 2, once, and keeps what was said", async () => {
+  test("of version 1 is made one of version 3, once, and keeps what was said", async () => {
     const file = writeHistory([
       [1_000_000, ""],
       [2_000_000, "[old] one\n"],
@@ -4987,15 +5031,20 @@ describe("a history in a file", () => {
       expect(heard[0]).toBe("[old] one");
       expect(heard.filter((line) => SINCE.test(line))).toEqual([]); // nothing is missing
 
-      // Only version 2 has names.
-      peer.send("/unregister\n");
-      expect(await peer.lines(2)).toEqual([`* The name ${name} is not registered.`, ANSWERED]);
+      // Only version 2 has names, and only version 3 finds what was said before a position.
+      peer.send("/unregister\n/history 1 3000000\n");
+      expect(await peer.lines(4)).toEqual([
+        `* The name ${name} is not registered.`,
+        ANSWERED,
+        "* 2000000 [old] one",
+        ANSWERED,
+      ]);
       peer.socket.terminate();
       await room.stop();
     }
     using database = new Database(file);
     const versions = database.query("SELECT * FROM pragma_user_version, pragma_application_id");
-    expect(versions.get()).toEqual({ user_version: 2, application_id: 0x62756e63 });
+    expect(versions.get()).toEqual({ user_version: 3, application_id: 0x62756e63 });
   });
 
   test("is of one room, and not of another in the same process", async () => {
@@ -5074,7 +5123,7 @@ describe.concurrent("bun server.ts --db", () => {
     ["garbage", makeWith(GARBAGE), 1, "it is damaged"],
     [
       "a newer version",
-      () => writeHistory([], { version: 3 }),
+      () => writeHistory([], { version: 4 }),
       1,
       "it was made by a newer version of bun-chat",
     ],

@@ -83,7 +83,7 @@ const MAX_NEWS_DELAY = 50; // that arrivals and departures may wait to be told i
 // The history.
 const DEFAULT_RECALL = 20; // lines that /history shows
 const MAX_RECALL = 200; // and the most that it shows
-const MAX_SEARCH = 100_000; // batches that are searched for each of them when the server starts
+const MAX_SEARCH = 1 * MIB; // characters of batches that are searched for them
 const HISTORY_MEMORY = 4 * MIB; // bytes of a history that is in no file
 const CHECK_MEMORY = 64 * KIB; // characters that are stored between two looks at that memory
 const STORE_AGAIN = 1000; // ms until the next try after the history could not be stored
@@ -225,7 +225,7 @@ class Server {
     readonly history: History,
     readonly accounts: Accounts | null, // null: nothing outlives this server
   ) {
-    this.said = history.lastSaid();
+    this.said = history.saidBefore(Number.MAX_SAFE_INTEGER, MAX_RECALL).slice(-MAX_RECALL);
     this.operators = new Set(options.operators.map(foldName));
     this.operatorLooks = new Set(options.operators.flatMap(allLooks));
   }
@@ -2418,6 +2418,9 @@ function checkBan(server: Server, client: Client, event: NameEvent): string | nu
 type StoredBatch = { at: number; text: string };
 type History = ReturnType<typeof openHistory>;
 
+// Whether somebody says something in a batch. People come and go far more often in some rooms.
+const HAS_SAID = "instr(char(10) || text, char(10) || '[') > 0";
+
 // Entry N upgrades a file from version N to N + 1.
 const SCHEMA = [
   "CREATE TABLE history (at INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT",
@@ -2426,6 +2429,7 @@ const SCHEMA = [
      look TEXT, name TEXT REFERENCES accounts ON DELETE CASCADE, PRIMARY KEY (look, name)
    ) STRICT, WITHOUT ROWID;
    CREATE INDEX names ON looks (name)`,
+  `CREATE INDEX said ON history (at) WHERE ${HAS_SAID}`,
 ];
 const IN_MEMORY = ":memory:";
 const APPLICATION_ID = 0x62_75_6e_63; // "bunc", in bytes 68 to 71 of the file (SQLite, file format)
@@ -2467,13 +2471,20 @@ function openHistory({ db: file, logError }: ServerOptions) {
     failure = { at: position, retryAfter: -Infinity };
   }
 
-  function store(text: string): void {
-    if (failure) statements.insert.run(failure.at, "");
+  // Both or nothing: a gap alone may still fit on the disk, and each try would leave another one.
+  const storeBehindGap = database.transaction((gap: number, text: string) => {
+    statements.insert.run(gap, "");
     statements.insert.run(position, text);
+  });
+
+  function store(text: string): void {
     if (failure) {
+      storeBehindGap.immediate(failure.at, text);
       logError?.("The history can be stored again. Something is missing in it.");
       stamp(file, Date.now());
       failure = null;
+    } else {
+      statements.insert.run(position, text);
     }
     unmeasured += text.length;
     if (file === undefined && unmeasured > CHECK_MEMORY) keepSmall();
@@ -2571,16 +2582,21 @@ function openHistory({ db: file, logError }: ServerOptions) {
       }
     },
 
-    /** The last lines that people have said, as many as /history may ask for. */
-    lastSaid(): Said[] {
+    /**
+     * What people said last before a position: so many lines, or some more, because a batch comes as a
+     * whole. From very long batches it may be less.
+     */
+    saidBefore(before: number, count: number): Said[] {
       let said: Said[] = [];
+      let searched = 0; // characters
       try {
-        let batch = statements.selectSaid.get(Number.MAX_SAFE_INTEGER, MAX_SEARCH);
-        while (batch && said.length < MAX_RECALL) {
+        let batch = statements.selectSaid.get(before);
+        while (batch && said.length < count && searched < MAX_SEARCH) {
           const { at, text } = batch;
           const lines = text.split("\n").filter((line) => line.startsWith("["));
-          said = [...lines.map((line) => ({ at, line })), ...said].slice(-MAX_RECALL);
-          batch = statements.selectSaid.get(at, MAX_SEARCH);
+          said = [...lines.map((line) => ({ at, line })), ...said];
+          searched += text.length;
+          batch = statements.selectSaid.get(at);
         }
       } catch (error) {
         logError?.(`The history cannot be read: ${reasonOf(error)}.`);
@@ -2614,9 +2630,9 @@ function prepareStatements(database: Database) {
     ),
 
     /** The last batch before a position in which somebody says something. */
-    selectSaid: database.query<StoredBatch, [before: number, batches: number]>(
-      `SELECT at, text FROM (SELECT at, text FROM history WHERE at < ? ORDER BY at DESC LIMIT ?)
-       WHERE instr(char(10) || text, char(10) || '[') > 0 LIMIT 1`,
+    selectSaid: database.query<StoredBatch, [before: number]>(
+      `SELECT at, text FROM history INDEXED BY said WHERE at < ? AND ${HAS_SAID}
+       ORDER BY at DESC LIMIT 1`,
     ),
 
     /** The positions of the first and the last of the oldest batches. */
@@ -2766,13 +2782,21 @@ function forgetOld(server: Server): void {
   dropRecalls(server);
 }
 
-/** Answers /history with a part of what all get. People see dates, and followers positions. */
+/** Answers /history: with the last lines, or with what was said before a position. */
 function sendHistory(server: Server, client: Client, rest: string): void {
-  const count = /^\d{1,9}$/.test(rest) ? Number(rest) : 0;
+  const [, typedCount = "", typedPosition = ""] = /^(\d{1,9})?(?: +(\d{1,16}))?$/.exec(rest) ?? [];
+  const count = Number(typedCount);
   if (rest !== "" && count === 0) {
     answer(server, client, `* Say it like this: /history N, with N from 1 to ${MAX_RECALL}`);
-    return;
+  } else if (typedPosition !== "") {
+    sendOlder(server, client, Math.min(count, MAX_RECALL), Number(typedPosition));
+  } else {
+    sendRecall(server, client, count || DEFAULT_RECALL);
   }
+}
+
+/** Sends the last lines, a part of what all get. */
+function sendRecall(server: Server, client: Client, count: number): void {
   if (server.said.length + server.saidInBatch.length === 0) {
     answer(server, client, "* Nothing has been said yet.");
     return;
@@ -2780,13 +2804,30 @@ function sendHistory(server: Server, client: Client, rest: string): void {
 
   const { parcel, starts } =
     client.following.is === "no" ? forPeople(server) : forFollowers(server);
-  const start = starts.at(-(count || DEFAULT_RECALL)) ?? 0;
+  const start = starts.at(-count) ?? 0;
   const end = parcel.bytes.length;
   extendOwnBatch(client, server.batchBytes).push({ parcel, start, end });
   scheduleFlush(server, true);
   server.answerBytes += end - start;
   client.sliceUsed += end - start;
   charge(server, client, (end - start) / HISTORY_BYTES_PER_UNIT);
+}
+
+/** Sends what was said before a position, which is read for this answer alone. */
+function sendOlder(server: Server, client: Client, count: number, before: number): void {
+  const said = server.history.saidBefore(before, count);
+  if (said.length === 0) {
+    answer(server, client, "* Nothing was said before that.");
+    return;
+  }
+  const showTime = client.following.is === "no" ? formatTime : String;
+  answer(server, client, said.map((line) => showSaid(line, showTime)).join("\n"));
+  chargeAnswer(server, client, said.length * BATCH_OVERHEAD);
+}
+
+/** A line of an answer to /history. People see dates, and followers positions. */
+function showSaid({ at, line }: Said, showTime: (at: number) => string): string {
+  return `* ${showTime(at)} ${line}`;
 }
 
 function forPeople(server: Server): Recall {
@@ -2805,8 +2846,8 @@ function createRecall(server: Server, showTime: (at: number) => string): Recall 
   const starts: number[] = [];
   let text = "";
   let bytes = 0;
-  for (const { at, line } of said) {
-    const shown = `* ${showTime(at)} ${line}\n`;
+  for (const entry of said) {
+    const shown = `${showSaid(entry, showTime)}\n`;
     starts.push(bytes);
     text += shown;
     bytes += Buffer.byteLength(shown);
