@@ -257,13 +257,26 @@ type Following =
 /** Where a replay begins: after a position, or with the last lines that were said before it joined. */
 type Start = { position: number } | { lastLines: number };
 
+/** What the room asks of a connection. A TCP socket can do it, and so can a `WebConnection`. */
+type Connection = Pick<
+  Bun.Socket<Client>,
+  "data" | "write" | "shutdown" | "end" | "terminate" | "pause" | "resume"
+> & { readonly fd?: number };
+
+/** Where a connection comes from, and what can happen to it on its way. */
+type Peer = {
+  host: string; // an IP address
+  port: number;
+  isLocal: boolean; // it comes from this machine
+  isSafe: boolean; // nobody else can read it on its way
+};
+
 /** One connection, from accept to close. It is the `socket.data` of its socket. */
 class Client {
   phase: Phase = "connecting";
-  endpoint = ""; // address and port, for the log
   address: Address | null = null; // null for one that is refused a place
   refusal = ""; // why it is refused a place
-  isLocal = false; // it comes from this machine
+  awaitsHandshake = false; // nothing can be said to it before
   deadline = performance.now() + LOBBY_DEADLINE; // ms; then `sweep` looks at it
 
   unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
@@ -292,7 +305,8 @@ class Client {
 
   constructor(
     readonly id: number,
-    readonly socket: Bun.Socket<Client>,
+    readonly socket: Connection,
+    readonly peer: Peer,
   ) {}
 }
 
@@ -366,7 +380,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   const server = new Server(settings, history, accounts);
 
   const handlers: Bun.SocketHandler<Client> = {
-    open: (socket) => handleClient(server, socket),
+    open: (socket) => handleSocket(server, socket),
     handshake: (socket, success) => handleHandshake(server, socket.data, success),
     data: (socket, chunk) => handleData(server, socket.data, chunk),
     end: (socket) => handleEnd(server, socket.data),
@@ -740,34 +754,49 @@ function findClient(server: Server, name: string): Client | undefined {
 // - drop: at once. What waits for it is lost, and the others hear why.
 // - cutOff: it is refused without a word, because too many are being refused.
 
-/** Takes in a new connection. Under TLS nothing can be said to it before the handshake. */
-export function handleClient(server: Server, socket: Bun.Socket<Client>): void {
-  const client = new Client(server.nextId++, socket);
+/** Takes in a TCP connection. Under TLS nothing can be said to it before the handshake. */
+function handleSocket(server: Server, socket: Bun.Socket<Client>): void {
+  const { remoteAddress: host = "", remotePort: port, localAddress } = socket;
+  const isLocal = isLoopback(toIpv4(host)) || host === localAddress;
+  const hasTls = Boolean(server.options.tls);
+  socket.setKeepAlive(true, KEEPALIVE);
+  handleClient(server, socket, { host, port, isLocal, isSafe: isLocal || hasTls }, hasTls);
+}
+
+/** Takes in a new connection. */
+export function handleClient(
+  server: Server,
+  socket: Connection,
+  peer: Peer,
+  awaitsHandshake = false,
+): void {
+  const client = new Client(server.nextId++, socket, peer);
   socket.data = client;
-  const host = socket.remoteAddress;
-  if (!host) {
+  if (peer.host === "") {
     socket.terminate(); // it was reset while it waited to be accepted
     return;
   }
 
-  const { tls, log } = server.options;
-  client.endpoint = formatEndpoint(host, socket.remotePort);
-  client.isLocal = isLoopback(toIpv4(host)) || host === socket.localAddress;
-  log?.(`New connection from ${client.endpoint}`);
+  client.awaitsHandshake = awaitsHandshake;
+  server.options.log?.(`New connection from ${endpointOf(client)}`);
   server.connections.set(client.id, client);
-  socket.setKeepAlive(true, KEEPALIVE);
 
-  givePlace(server, client, host);
+  givePlace(server, client);
   // The refused use descriptors, too. When they are many, the next ones are not told why.
   if (client.refusal && server.refusedCount > SPARE_SOCKETS / 2) cutOff(server, client);
   else if (!client.refusal && !takeArrival(server, client)) waitForArrival(client);
-  else if (!tls) greetOrRefuse(server, client);
+  else if (!awaitsHandshake) greetOrRefuse(server, client);
+}
+
+/** As it stands in the log. */
+function endpointOf({ peer }: Client): string {
+  return formatEndpoint(peer.host, peer.port);
 }
 
 /** Counts a connection, or finds out why there is no place for it. */
-function givePlace(server: Server, client: Client, host: string): void {
+function givePlace(server: Server, client: Client): void {
   const { maxClients, maxPerAddress = Infinity } = server.options;
-  const address = findAddress(server, host);
+  const address = findAddress(server, client.peer.host);
   const total = server.connections.size - server.refusedCount; // this one among them
 
   if (total > maxClients) {
@@ -791,6 +820,7 @@ function cutOff(server: Server, client: Client): void {
 }
 
 function handleHandshake(server: Server, client: Client, success: boolean): void {
+  client.awaitsHandshake = false;
   if (client.phase === "closing") return;
   if (success) greetOrRefuse(server, client);
   else logRefusal(server, client, "the TLS handshake failed");
@@ -832,7 +862,7 @@ function propose(server: Server, client: Client, event: RoomEvent): void {
       break;
     case "join":
       enterRoom(server, client, outcome.heard);
-      logged += ` From ${client.endpoint}`;
+      logged += ` From ${endpointOf(client)}`;
       break;
     case "nick":
     case "leave":
@@ -1018,7 +1048,7 @@ function discard(server: Server, client: Client): void {
 }
 
 /** An exception in a handler of a socket costs this client only. */
-function handleError(server: Server, socket: Bun.Socket<Client>, error: unknown): void {
+function handleError(server: Server, socket: Connection, error: unknown): void {
   server.options.logError?.(describe(error));
   socket.terminate();
 }
@@ -1079,7 +1109,7 @@ function handleDeadline(server: Server, client: Client): void {
 }
 
 function logRefusal(server: Server, client: Client, why: string): void {
-  server.options.log?.(`Refused ${client.endpoint}: ${why.replace(/^\* /, "")}`);
+  server.options.log?.(`Refused ${endpointOf(client)}: ${why.replace(/^\* /, "")}`);
 }
 
 // --- Reading -----------------------------------------------------------------------------------
@@ -1882,11 +1912,6 @@ function lookUp(server: Server, typedName: string): Standing {
   }
 }
 
-/** Whether what a client sends can be read on its way by nobody else. */
-function isSafe(server: Server, { isLocal }: Client): boolean {
-  return isLocal || Boolean(server.options.tls);
-}
-
 /** Proposes a name for a client, which must be free, or proved by its password. */
 function proposeName(
   server: Server,
@@ -1903,7 +1928,7 @@ function proposeName(
     else refuse(server, client, event, why);
   } else if (REQUEST.test(password)) {
     refuse(server, client, event, NAME_RULE);
-  } else if (!isSafe(server, client)) {
+  } else if (!client.peer.isSafe) {
     refuse(server, client, event, UNSAFE);
   } else if (standing.is === "registered") {
     proveName(server, client, event, standing.hash, password);
@@ -1927,13 +1952,13 @@ function checkUnproved(
   switch (standing.is) {
     case "registered":
       if (isNameOf(server, client, name)) return null; // in other letters
-      return isSafe(server, client) ? explainRegistered(event) : explainUnsafe(name);
+      return client.peer.isSafe ? explainRegistered(event) : explainUnsafe(name);
     case "alike":
       return `* The name ${name} looks like one that is registered.`;
     case "unknown":
       return NAMES_UNKNOWN;
     case "free":
-      if (client.isLocal || !isKeptForOperator(server, name)) return null;
+      if (client.peer.isLocal || !isKeptForOperator(server, name)) return null;
       return `* The name ${name} is kept for an operator, who registers it on the machine of the server.`;
   }
 }
@@ -2098,7 +2123,7 @@ function checkPassword(
 ): string | null {
   const characters = Array.from(password).length;
   if (!server.accounts) return IN_MEMORY_ONLY;
-  if (!isSafe(server, client)) return UNSAFE;
+  if (!client.peer.isSafe) return UNSAFE;
   if (!/\S/.test(password)) return `* Say it like this: ${usage}`;
   if (characters < MIN_PASSWORD || characters > MAX_PASSWORD) return PASSWORD_RULE;
   return REQUEST.test(password) ? "* A password does not end like that." : null;
@@ -2354,7 +2379,7 @@ function readMinutes(typed: string): number | null {
 /** Bans a name and its address. The address of this machine is never banned: many may share it. */
 function banClient(server: Server, operator: Operator, client: Client, minutes: number): void {
   const { name = "", keys = [] } = server.room.people.get(client.id) ?? {};
-  const address = client.isLocal ? "" : (client.address?.key ?? "");
+  const address = client.peer.isLocal ? "" : (client.address?.key ?? "");
   const until = performance.now() + minutes * 60_000;
   server.bans.push({ name, keys, address, until });
 
@@ -3088,7 +3113,7 @@ function sweepAddress(server: Server, address: Address): void {
   if (next) {
     address.waiting.delete(next);
     next.deadline = performance.now() + LOBBY_DEADLINE;
-    if (!server.options.tls) serve(server, next, () => greetOrRefuse(server, next));
+    if (!next.awaitsHandshake) serve(server, next, () => greetOrRefuse(server, next));
     readOn(server, next); // under TLS this lets the handshake go on
   } else if (address.arrivals < MAX_ARRIVALS) {
     address.arrivals++;
@@ -3172,7 +3197,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
 /** Tells those outside of the room, too, and sends the FIN. Nobody leaves: the room does. */
 function sayGoodbye(server: Server, client: Client): void {
   const isWaiting = client.phase === "naming" || client.phase === "proving";
-  const canRead = isWaiting || (client.phase === "connecting" && !server.options.tls);
+  const canRead = isWaiting || (client.phase === "connecting" && !client.awaitsHandshake);
   if (canRead) tell(server, client, SHUTDOWN);
   client.phase = "closing";
   if (client.heldBack) resume(client);
@@ -3444,7 +3469,7 @@ const LAST_ACK_AT = 56; // tcpi_last_ack_recv, 32 bits: ms since the peer has an
 /** Whether a peer is gone without a word, and not only silent or slow. */
 const hasVanished = createVanishedCheck();
 
-function createVanishedCheck(): (socket: Bun.Socket<Client>) => boolean {
+function createVanishedCheck(): (socket: Connection) => boolean {
   const parameters = {
     args: ["int", "int", "int", "buffer", "buffer"],
     returns: "int",
@@ -3453,7 +3478,7 @@ function createVanishedCheck(): (socket: Bun.Socket<Client>) => boolean {
 
   try {
     const { getsockopt } = dlopen("libc.so.6", { getsockopt: parameters }).symbols;
-    return ({ fd = -1 }: Bun.Socket<Client> & { fd?: number }) => {
+    return ({ fd = -1 }) => {
       const size = Uint32Array.of(TCP_INFO_BYTES);
       if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, size) !== 0) return false;
       const triesInVain = info.getUint8(RETRANSMITS_AT) + info.getUint8(PROBES_AT);
