@@ -22,12 +22,14 @@
  *
  * From top to bottom: limits, state, the entry (`startServer`), text and names, the room and its
  * events, the life of a client, reading, writing, commands, registered names, operators, the history,
- * followers, budgets, shutdown, the program, and what touches the operating system by hand.
+ * followers, budgets, browsers, metrics, shutdown, the program, and what touches the operating system
+ * by hand.
  */
 
 import { dlopen } from "bun:ffi";
 import { Database } from "bun:sqlite";
 import { isUtf8 } from "node:buffer";
+import { timingSafeEqual } from "node:crypto";
 import {
   closeSync,
   fstatSync,
@@ -143,6 +145,15 @@ const TURN = 10; // ms that lines may take in one turn, before others have their
 const IDLE_TURNS = 8; // without news from any socket, after which a batch leaves
 const CLIENTS_PER_TURN = 256; // that leave, or get what has waited, in one turn
 
+// Browsers.
+const FRAME = 16 * KIB; // bytes of lines in one frame of a WebSocket, in both directions
+const MAX_PONGS = 64 * KIB; // bytes of answers to pings that may wait for their reader
+const PINGS_PER_UNIT = 16;
+const HTTP_DEADLINE = 10; // s of silence, between requests and in them
+const NO_PONG = 60; // s without a sign of life from a browser
+const MAX_DECODED = 64; // frames of a batch whose text is kept while it is sent
+const CHECK_DESCRIPTORS = 100; // ms between two looks at whether they run short
+
 const SPARE_SOCKETS = 64; // descriptors kept free for files and for connections that are being refused
 
 // --- State -------------------------------------------------------------------------------------
@@ -158,6 +169,9 @@ export type ServerOptions = {
   db?: string | undefined; // file of the history and the accounts; without it, a history in memory
   keep: number; // days until what was said is forgotten; 0 for never
   operators: readonly string[]; // registered names whose owners may show people out
+  web?: number | undefined; // a port for browsers; 0 takes any free one
+  webOrigin?: string | undefined; // what browsers call it behind a proxy: https://chat.example.org
+  metricsToken?: string | undefined; // with it /metrics can be read from other machines, too
   log?: ((event: string) => void) | undefined; // hears of arrivals, messages and departures
   logError?: (problem: string) => void; // hears what went wrong; the chat goes on
 };
@@ -191,6 +205,7 @@ class Server {
 
   batch = ""; // what the next flush says to everybody
   batchBytes = 0; // its length as UTF-8
+  batchLines = 0;
   nextFlush: "none" | "later" | "soon" = "none";
   flushes = 0; // so far
   newsNotBefore = 0; // ms; before then no flush only for arrivals and departures
@@ -224,6 +239,7 @@ class Server {
     readonly options: ServerOptions,
     readonly history: History,
     readonly accounts: Accounts | null, // null: nothing outlives this server
+    readonly counts: Counts,
   ) {
     this.said = history.saidBefore(Number.MAX_SAFE_INTEGER, MAX_RECALL).slice(-MAX_RECALL);
     this.operators = new Set(options.operators.map(foldName));
@@ -258,10 +274,16 @@ type Following =
 type Start = { position: number } | { lastLines: number };
 
 /** What the room asks of a connection. A TCP socket can do it, and so can a `WebConnection`. */
-type Connection = Pick<
-  Bun.Socket<Client>,
-  "data" | "write" | "shutdown" | "end" | "terminate" | "pause" | "resume"
-> & { readonly fd?: number };
+type Connection = {
+  data: Client;
+  readonly fd?: number; // of a TCP socket
+  write(bytes: Buffer, start: number, length: number): number; // bytes taken; -1 when it is closed
+  shutdown(): void; // sends the FIN
+  end(): void;
+  terminate(): void;
+  pause(): void; // until `resume`, nothing is read
+  resume(): void;
+};
 
 /** Where a connection comes from, and what can happen to it on its way. */
 type Peer = {
@@ -374,10 +396,16 @@ export function startServer(options: Partial<ServerOptions> = {}) {
   const { host: hostname, port, maxClients, tls = false } = settings;
   if (!isLoopback(hostname)) settings.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
   // Without descriptors a process can do nothing, not even refuse.
-  settings.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - SPARE_SOCKETS));
-  const history = openHistory(settings);
+  const spare = settings.web === undefined ? SPARE_SOCKETS : 2 * SPARE_SOCKETS;
+  settings.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - spare));
+  const counts = new Counts();
+  const logDatabaseError = (problem: string) => {
+    counts.databaseErrors++;
+    settings.logError?.(problem);
+  };
+  const history = openHistory({ ...settings, logError: logDatabaseError });
   const accounts = settings.db === undefined ? null : openAccounts(history.database);
-  const server = new Server(settings, history, accounts);
+  const server = new Server(settings, history, accounts, counts);
 
   const handlers: Bun.SocketHandler<Client> = {
     open: (socket) => handleSocket(server, socket),
@@ -392,10 +420,13 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     // Half-open, because a client that has sent its FIN may still read: `... | nc -N`.
     Bun.listen<Client>({ hostname, port, tls, allowHalfOpen: true, socket: handlers });
 
+  let web: Web | undefined;
   let listener: Bun.TCPSocketListener<Client>;
   try {
+    if (settings.web !== undefined) web = openWeb(server, settings.web);
     listener = listen(port);
   } catch (error) {
+    web?.stop();
     server.history.close();
     throw error;
   }
@@ -405,6 +436,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
 
   return {
     port: listener.port,
+    webPort: web?.port, // for browsers, if they can come in
     maxClients: server.options.maxClients,
 
     /** Those in the room, with the bytes that wait for each. */
@@ -427,6 +459,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
       listen(0).stop(); // tries the certificate
       listener.stop(false);
       listener = listen(listener.port);
+      web?.renewCertificate();
     },
 
     /**
@@ -437,6 +470,7 @@ export function startServer(options: Partial<ServerOptions> = {}) {
 
     /** Delivers what was said, tells everybody, and closes. Resolves within three seconds. */
     stop() {
+      web?.stop();
       stopped ??= stop(server, listener, sweeper);
       return stopped;
     },
@@ -999,8 +1033,11 @@ function tellTooLate(server: Server, client: Client): void {
     tell(server, client, "* Your last lines may have come too late.");
 }
 
+const TOO_SLOW = " (too slow)";
+
 /** Cuts a client off. What waits for it is lost, and the others hear why. */
 function drop(server: Server, client: Client, reason: string): void {
+  if (reason === TOO_SLOW) server.counts.slow++;
   removeClient(server, client, reason);
   discard(server, client);
   client.socket.terminate();
@@ -1077,7 +1114,7 @@ function sweep(server: Server): void {
 }
 
 function checkClient(server: Server, client: Client, now: number): void {
-  if (isSlow(client, now)) drop(server, client, " (too slow)");
+  if (isSlow(client, now)) drop(server, client, TOO_SLOW);
   else if (now >= client.deadline) handleDeadline(server, client);
 }
 
@@ -1109,6 +1146,7 @@ function handleDeadline(server: Server, client: Client): void {
 }
 
 function logRefusal(server: Server, client: Client, why: string): void {
+  countRefusal(server, why);
   server.options.log?.(`Refused ${endpointOf(client)}: ${why.replace(/^\* /, "")}`);
 }
 
@@ -1120,6 +1158,7 @@ const TLS_HANDSHAKE = 0x16; // the first byte of a TLS hello (RFC 8446, section 
 
 function handleData(server: Server, client: Client, chunk: Buffer): void {
   server.inputs++;
+  server.counts.bytesIn += chunk.length;
   if (client.phase === "closing") {
     ignore(client, chunk);
     return;
@@ -1311,6 +1350,7 @@ function detach(bytes: Buffer): void {
 /** A line is bytes until it is whole: a character may be split over two packets. */
 function takeLine(server: Server, client: Client, bytes: Buffer, start: number, end: number): void {
   client.sliceUsed += end - start + 1;
+  server.counts.linesIn++;
   if (client.phase === "naming") {
     // No name and password are longer, and the end of a request must not be cut off.
     const line = end - start > MAX_LINE ? "" : bytes.toString("utf8", start, end);
@@ -1359,7 +1399,11 @@ export function broadcastMessage(server: Server, line: string, sender?: Client):
   if (isLeftOut) extendOwnBatch(sender, server.batchBytes);
   server.batch += line + "\n";
   server.batchBytes += Buffer.byteLength(line) + 1;
-  if (isLeftOut) sender.ownBatchEnd = server.batchBytes;
+  server.batchLines++;
+  if (isLeftOut) {
+    sender.ownBatchEnd = server.batchBytes;
+    server.counts.linesOut--; // `flush` counts it for everybody
+  }
 
   const copies = server.batchBytes * server.clients.length;
   if (server.batchBytes >= MAX_BATCH || copies >= MAX_COPIES) flush(server);
@@ -1368,6 +1412,7 @@ export function broadcastMessage(server: Server, line: string, sender?: Client):
 
 /** Says a line to one client, after all that it has been sent so far. */
 function tell(server: Server, client: Client, line: string): void {
+  server.counts.linesOut++;
   const text = `${line}\n`;
   if (client.phase !== "joined") {
     send(server, client, wholeOf(new Parcel(Buffer.from(text))));
@@ -1425,11 +1470,12 @@ function gather(server: Server, deadline: number, idleTurns: number, inputs: num
 /** Sends everybody the same bytes, except clients that have a batch of their own. */
 function flush(server: Server): void {
   const started = performance.now();
-  const { batch: text, batchBytes: end, leavers } = server;
+  const { batch: text, batchBytes: end, batchLines, leavers } = server;
 
   // Whatever fails below, the next line begins a new batch.
   server.batch = "";
   server.batchBytes = 0;
+  server.batchLines = 0;
   server.nextFlush = "none";
   server.flushes++;
   server.leavers = [];
@@ -1443,6 +1489,7 @@ function flush(server: Server): void {
     serve(server, client, () => queueLastBatch(server, client, unmarked));
   sendToLeavers(server, leavers);
 
+  server.counts.linesOut += batchLines * server.clients.length;
   // Iterate over a copy: an exception may remove a client.
   for (const client of [...server.clients]) {
     const batch = client.following.is === "live" ? marked : unmarked;
@@ -1457,6 +1504,8 @@ function flush(server: Server): void {
 
   const now = performance.now();
   server.newsNotBefore = now + Math.min(now - started, MAX_NEWS_DELAY);
+  server.counts.flushTimes.add((now - started) / 1000);
+  server.counts.flushedLines.add(batchLines);
   dropFullQueues(server);
   dropGreediest(server);
   if (server.sliced.size > 0) setImmediate(readOnAll, server); // the loop looks at others first
@@ -1531,21 +1580,34 @@ function sendTogether(server: Server, client: Client, pieces: Piece[]): void {
   let copied = 0;
   for (const { parcel, start, end } of pieces)
     copied += parcel.bytes.copy(scratch, copied, start, end);
-  const sent = client.queue.length > 0 ? 0 : client.socket.write(scratch, 0, size);
+  const sent = client.queue.length > 0 ? 0 : write(server, client, scratch, 0, size);
   if (sent === size || sent < 0) return; // a closed socket says so in `close`
   enqueue(server, client, wholeOf(new Parcel(Buffer.from(scratch.subarray(sent, size)))));
 }
 
 const scratch = Buffer.allocUnsafe(MAX_COPY);
 
-/** Hands bytes to the kernel. What it does not take waits in the client's queue for `drain`. */
+/** Sends bytes. What the kernel does not take waits in the client's queue for `drain`. */
 function send(server: Server, client: Client, piece: Piece): void {
   const { parcel, start, end } = piece;
   const size = end - start;
   if (size === 0) return;
-  const sent = client.queue.length > 0 ? 0 : client.socket.write(parcel.bytes, start, size);
+  const sent = client.queue.length > 0 ? 0 : write(server, client, parcel.bytes, start, size);
   if (sent === size || sent < 0) return; // a closed socket says so in `close`
   enqueue(server, client, { parcel, start: start + sent, end });
+}
+
+/** Hands bytes to the kernel. @returns how many it has taken; less than 0 when the socket is closed */
+function write(
+  server: Server,
+  client: Client,
+  bytes: Buffer,
+  start: number,
+  length: number,
+): number {
+  const sent = client.socket.write(bytes, start, length);
+  if (sent > 0) server.counts.bytesOut += sent;
+  return sent;
 }
 
 /** Adds to a client's queue. Small pieces become one entry, because each one costs a write later. */
@@ -1604,7 +1666,7 @@ function sendQueue(server: Server, client: Client): void {
   let done = 0;
   for (const entry of client.queue) {
     const { parcel, start, end } = entry;
-    const sent = client.socket.write(parcel.bytes, start, end - start);
+    const sent = write(server, client, parcel.bytes, start, end - start);
     if (sent < 0) return; // closed, and `close` will say so
     client.queued -= sent;
     entry.start += sent;
@@ -1637,7 +1699,7 @@ function isSlow(client: Client, now: number): boolean {
 /** Drops those for whom too much waits, however short the time. */
 function dropFullQueues(server: Server): void {
   const slow = server.clients.filter((client) => client.queued > MAX_QUEUE);
-  for (const client of slow) drop(server, client, " (too slow)");
+  for (const client of slow) drop(server, client, TOO_SLOW);
 }
 
 /** Drops the clients that take most memory, until all clients together do not take too much. */
@@ -1649,7 +1711,7 @@ function dropGreediest(server: Server): void {
   clients.sort((a, b) => memoryOf(b) - memoryOf(a));
   for (const client of clients) {
     if (server.memoryUsed <= MAX_MEMORY || memoryOf(client) === 0) break;
-    drop(server, client, client.queued > 0 ? " (too slow)" : " (too fast)");
+    drop(server, client, client.queued > 0 ? TOO_SLOW : " (too fast)");
   }
 }
 
@@ -3162,6 +3224,483 @@ function toIpv4(host: string): string {
   return ipv4;
 }
 
+// --- Browsers ----------------------------------------------------------------------------------
+// With --web, Bun.serve hands out the page, and a WebSocket at /room brings the same lines: a frame of
+// text holds whole lines, but for very long ones. A `WebConnection` makes a socket of it, and nothing
+// else of the server knows about browsers.
+
+type Web = ReturnType<typeof openWeb>;
+
+/** What belongs to a WebSocket. */
+type Visitor = {
+  peer: Peer;
+  connection: WebConnection | null; // null until it is open
+  received: string; // lines that have come in this turn of the event loop
+};
+
+/**
+ * Opens the door for browsers.
+ * @throws what Bun.serve throws, and what readFileSync throws where the page is missing
+ */
+function openWeb(server: Server, port: number) {
+  const { host: hostname, tls = false } = server.options;
+  const html = readFileSync(new URL("client.html", import.meta.url), "utf8");
+  const headers = securityHeaders(html);
+
+  const serveWeb = (port: number) =>
+    Bun.serve<Visitor>({
+      hostname,
+      port,
+      ...(tls && { tls }),
+      development: false,
+      idleTimeout: HTTP_DEADLINE,
+      maxRequestBodySize: 0,
+      fetch: (request, listener) => answerRequest(server, request, listener, { html, headers }),
+      error: () => new Response("Something went wrong.\n", { status: 500 }),
+      websocket: {
+        maxPayloadLength: FRAME,
+        backpressureLimit: 0, // Bun would leave out lines without a word; our own limit is MAX_QUEUE
+        idleTimeout: NO_PONG,
+        open: (socket) => handleVisitor(server, socket),
+        message: (socket, lines) => handleFrame(server, socket, lines),
+        ping: (socket) => handlePing(server, socket),
+        drain: ({ data: { connection } }) => connection?.handleDrain(),
+        close: (socket, code) => handleVisitorClose(server, socket, code),
+      },
+    });
+
+  let listener = serveWeb(port);
+  const openPort = listener.port ?? 0; // it has none once it has stopped
+  const limit = openFilesLimit();
+  const watch = setInterval(endIdleVisitors, CHECK_DESCRIPTORS, server, openPort, limit);
+
+  return {
+    port: openPort,
+
+    /** Those who are in the room stay there, on the old listener. */
+    renewCertificate(): void {
+      void listener.stop(false);
+      listener = serveWeb(openPort);
+    },
+
+    stop(): void {
+      clearInterval(watch);
+      void listener.stop(false);
+    },
+  };
+}
+
+/** The page may run its own script and use its own style, and talk to this server; nothing else. */
+function securityHeaders(html: string) {
+  function sourceOf(tag: "script" | "style"): string {
+    const [, code = ""] = new RegExp(`<${tag}\\b[^>]*>(.*?)</${tag}>`, "s").exec(html) ?? [];
+    return `${tag}-src 'sha256-${new Bun.CryptoHasher("sha256").update(code).digest("base64")}'`;
+  }
+
+  const policy = [
+    "default-src 'none'",
+    sourceOf("script"),
+    sourceOf("style"),
+    "img-src data:",
+    "connect-src 'self'",
+    "frame-ancestors 'none'",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "require-trusted-types-for 'script'",
+    "trusted-types 'none'",
+  ];
+  return {
+    "content-type": "text/html; charset=utf-8",
+    "content-security-policy": policy.join("; "),
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+  };
+}
+
+type Page = { html: string; headers: Record<string, string> };
+
+/** Answers an HTTP request, or makes a WebSocket of it, which has no answer. */
+function answerRequest(
+  server: Server,
+  request: Request,
+  listener: Bun.Server<Visitor>,
+  page: Page,
+): Response | undefined {
+  const { pathname } = new URL(request.url);
+  if (!isOurHost(server, request)) return refuseRequest(403, WRONG_HOST);
+
+  switch (pathname) {
+    case "/":
+      return new Response(page.html, { headers: page.headers });
+    case "/room":
+      if (!isOurOrigin(server, request)) return refuseRequest(403, WRONG_ORIGIN);
+      if (upgrade(server, request, listener)) return undefined;
+      return refuseRequest(426, "This is for WebSockets.");
+    case "/metrics":
+      return answerMetrics(server, request, peerOf(server, request, listener));
+    default:
+      return refuseRequest(404, "There is nothing here.");
+  }
+}
+
+const WRONG_ORIGIN = "Pages of other sites cannot enter this room.";
+const WRONG_HOST =
+  "Open this room by its address, as in http://192.168.1.20:8080/, or start the server with --web-origin and what stands in your browser's address bar, as in http://chat.example.org:8080.";
+
+function refuseRequest(status: number, why: string): Response {
+  return new Response(`${why}\n`, { status, headers: { "x-content-type-options": "nosniff" } });
+}
+
+/**
+ * Whether a request has come by a name that is ours. Somebody else's name may lead here as well (DNS
+ * rebinding), so it must be an address, unless our certificate proves the name.
+ */
+function isOurHost({ options }: Server, request: Request): boolean {
+  const host = request.headers.get("host") ?? "";
+  const isAddress = /^(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?$/i.test(host);
+  return isAddress || Boolean(options.tls) || host === hostOf(options.webOrigin);
+}
+
+function hostOf(origin?: string): string | undefined {
+  return origin === undefined ? undefined : new URL(origin).host;
+}
+
+/** Whether a request comes from our own page, or from a program, which names no origin. */
+function isOurOrigin({ options }: Server, { headers }: Request): boolean {
+  const origin = headers.get("origin");
+  const own = `${options.tls ? "https" : "http"}://${headers.get("host")}`;
+  return origin === null || origin === own || origin === options.webOrigin;
+}
+
+function upgrade(server: Server, request: Request, listener: Bun.Server<Visitor>): boolean {
+  const peer = peerOf(server, request, listener);
+  return listener.upgrade(request, { data: { peer, connection: null, received: "" } });
+}
+
+/**
+ * Where a request comes from. A proxy on this machine is believed when it names the address, the last
+ * one in the list (X-Forwarded-For), if --web-origin says that there is a proxy.
+ */
+function peerOf({ options }: Server, request: Request, listener: Bun.Server<Visitor>): Peer {
+  const { address = "", port = 0 } = listener.requestIP(request) ?? {};
+  const isFromHere = isLoopback(toIpv4(address));
+  const { webOrigin = "", tls } = options;
+  const forwarded = request.headers.get("x-forwarded-for");
+  const isForwarded = forwarded !== null || request.headers.get("origin") === webOrigin;
+
+  const named = forwarded?.split(",").at(-1)?.trim() ?? "";
+  const isBelieved = isFromHere && webOrigin !== "" && isIP(named) !== 0;
+  const isLocal = isFromHere && !isForwarded;
+  const isProxySafe = isFromHere && isForwarded && webOrigin.startsWith("https:");
+  return {
+    host: isBelieved ? named : address,
+    port,
+    isLocal,
+    isSafe: isLocal || Boolean(tls) || isProxySafe,
+  };
+}
+
+function handleVisitor(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
+  const connection = new WebConnection(server, socket);
+  socket.data.connection = connection;
+  handleClient(server, connection, socket.data.peer);
+}
+
+/** Collects the lines of a turn: a browser may send thousands of tiny frames. */
+function handleFrame(
+  server: Server,
+  { data: visitor }: Bun.ServerWebSocket<Visitor>,
+  lines: string | Buffer,
+): void {
+  server.inputs++;
+  if (visitor.received === "") setImmediate(takeFrames, server, visitor);
+  visitor.received += lines;
+  if (!visitor.received.endsWith("\n")) visitor.received += "\n"; // the end of a frame ends a line
+}
+
+function takeFrames(server: Server, visitor: Visitor): void {
+  const client = visitor.connection?.data;
+  const { received } = visitor;
+  visitor.received = "";
+  if (received === "" || !client || !server.connections.has(client.id)) return;
+  serve(server, client, () => handleData(server, client, Buffer.from(received)));
+}
+
+/** Bun answers pings by itself. They cost something, and nobody needs to let the answers pile up. */
+function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
+  if (socket.getBufferedAmount() > MAX_PONGS) {
+    socket.terminate();
+    return;
+  }
+  const client = socket.data.connection?.data;
+  if (!client || client.heldBack) return;
+  const wait = charge(server, client, 1 / PINGS_PER_UNIT);
+  if (wait === 0) return;
+  pause(client);
+  readOnAfter(wait, server, client);
+}
+
+/** The browser has closed in good order, or it is gone. */
+function handleVisitorClose(
+  server: Server,
+  { data: visitor }: Bun.ServerWebSocket<Visitor>,
+  code: number,
+): void {
+  const { connection } = visitor;
+  if (!connection) return;
+  if (code !== ABNORMAL_CLOSURE) takeFrames(server, visitor);
+  const client = connection.data;
+  const mayReadOn = code !== ABNORMAL_CLOSURE && client.phase !== "closing";
+  if (mayReadOn && client.unread.length > 0) connection.linger();
+  else handleClose(server, client);
+}
+
+const ABNORMAL_CLOSURE = 1006; // no Close frame has come (RFC 6455, section 7.1.5)
+
+/** A WebSocket that does what the room asks of a socket. */
+class WebConnection implements Connection {
+  declare data: Client; // set by `handleClient`
+  private isLingering = false; // closed, but what came before is still being read
+
+  constructor(
+    private readonly server: Server,
+    private readonly socket: Bun.ServerWebSocket<Visitor>,
+  ) {}
+
+  /** Of the other end of the TCP connection, be it that of a proxy. */
+  get port(): number {
+    return this.socket.data.peer.port;
+  }
+
+  /** @returns how many bytes were taken, which splits no character; -1 when it is closed */
+  write(bytes: Buffer, start: number, length: number): number {
+    if (this.isLingering) return length; // nobody is there to read it
+    const end = start + length;
+    let taken = start;
+    // Bun keeps what the kernel does not take. Nothing follows before that has left.
+    while (taken < end && this.socket.getBufferedAmount() === 0) {
+      const frame = decodeFrame(bytes, taken, end);
+      if (this.socket.sendText(frame.text) === 0) return -1;
+      taken = frame.end;
+    }
+    return taken - start;
+  }
+
+  /** There is room again. */
+  handleDrain(): void {
+    if (this.socket.getBufferedAmount() === 0) handleDrain(this.server, this.data);
+  }
+
+  /** Takes leave when all has been sent; until then `handleDrain` brings it back here. */
+  shutdown(): void {
+    if (this.isLingering) handleClose(this.server, this.data);
+    else if (this.socket.getBufferedAmount() === 0) this.socket.close();
+  }
+
+  end(): void {
+    this.socket.close();
+  }
+
+  terminate(): void {
+    if (this.isLingering) handleClose(this.server, this.data);
+    else this.socket.terminate();
+  }
+
+  pause(): void {
+    this.socket.pause();
+  }
+
+  resume(): void {
+    this.socket.resume();
+  }
+
+  /** Lets the lines that came before the end be read, as behind the FIN of a TCP connection. */
+  linger(): void {
+    this.isLingering = true;
+    handleEnd(this.server, this.data);
+    handleDrain(this.server, this.data);
+  }
+}
+
+/** Some lines as the text of a frame, and where they end. `limit` is where they had to. */
+type Frame = { text: string; end: number; limit: number };
+
+// The frames of the bytes that were sent last. A flush sends the same ones to everybody.
+let decoded: { bytes: Buffer; frames: Map<number, Frame> } = { bytes: NOTHING, frames: new Map() };
+
+/** Takes whole lines for a frame, or a part of one that is too long for it. */
+function decodeFrame(bytes: Buffer, start: number, end: number): Frame {
+  const limit = Math.min(start + FRAME, end);
+  if (bytes !== decoded.bytes) decoded = { bytes, frames: new Map() };
+  const known = decoded.frames.get(start);
+  if (known?.limit === limit) return known;
+
+  const cut = limit === end ? end : findCut(bytes, start, limit);
+  const frame = { text: bytes.toString("utf8", start, cut), end: cut, limit };
+  const isSteady = bytes !== scratch; // which has something else in it the next time
+  if (isSteady && decoded.frames.size < MAX_DECODED) decoded.frames.set(start, frame);
+  return frame;
+}
+
+/** Where to cut: behind the last newline, or else between two characters. */
+function findCut(bytes: Buffer, start: number, limit: number): number {
+  const newline = bytes.lastIndexOf(NEWLINE, limit - 1);
+  if (newline >= start) return newline + 1;
+
+  let cut = limit;
+  while (((bytes[cut] ?? 0) & 0b1100_0000) === 0b1000_0000) cut--; // not within UTF-8 (RFC 3629)
+  return cut;
+}
+
+/**
+ * Bun.serve takes any number of connections that ask for nothing, until there are no descriptors left.
+ * Then those that are not in the room are ended, so that others get in.
+ */
+function endIdleVisitors(server: Server, port: number, limit: number): void {
+  if (lowestFreeDescriptor() < limit - SPARE_SOCKETS / 2) return;
+
+  const kept = new Set<number>();
+  for (const { socket } of server.connections.values()) {
+    if (socket instanceof WebConnection) kept.add(socket.port);
+  }
+  endConnections(port, kept);
+}
+
+/** The next descriptor that this process would get; all below it are in use. Infinity: none is left. */
+function lowestFreeDescriptor(): number {
+  try {
+    const fd = openSync("/dev/null", "r");
+    closeSync(fd);
+    return fd;
+  } catch {
+    return Infinity;
+  }
+}
+
+// --- Metrics -----------------------------------------------------------------------------------
+// GET /metrics on the port for browsers answers in the text format of Prometheus, version 0.0.4:
+// https://prometheus.io/docs/instrumenting/exposition_formats/
+
+/** What is counted from the start on. */
+class Counts {
+  linesIn = 0;
+  linesOut = 0;
+  bytesIn = 0;
+  bytesOut = 0;
+  slow = 0; // readers that were disconnected
+  refusals = new Map<string, number>(REFUSALS.map(({ reason }) => [reason, 0]));
+  databaseErrors = 0;
+  flushTimes = new Histogram([0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]); // s
+  flushedLines = new Histogram([1, 3, 10, 30, 100, 300, 1000, 3000]);
+}
+
+/** How often a number was at most as large as each of some bounds. */
+class Histogram {
+  sum = 0;
+  readonly counts: number[]; // of each bound and, at the end, above the last one
+
+  constructor(readonly bounds: readonly number[]) {
+    this.counts = [...bounds, Infinity].map(() => 0);
+  }
+
+  add(number: number): void {
+    this.sum += number;
+    const found = this.bounds.findIndex((bound) => number <= bound);
+    const place = found === -1 ? this.bounds.length : found;
+    this.counts[place] = (this.counts[place] ?? 0) + 1;
+  }
+
+  samples(): Sample[] {
+    let total = 0;
+    const buckets = this.counts.map((count, place): Sample => {
+      total += count;
+      return { name: `_bucket{le="${this.bounds[place] ?? "+Inf"}"}`, value: total };
+    });
+    return [...buckets, { name: "_sum", value: this.sum }, { name: "_count", value: total }];
+  }
+}
+
+type Metric = [name: string, type: string, help: string, samples: Sample[]];
+
+/** A value, and what follows the name of its metric. */
+type Sample = { name: string; value: number };
+
+// Why connections are refused, by what the log says.
+const REFUSALS = [
+  { reason: "full", sign: /server is full/ },
+  { reason: "address", sign: /connections from your address/ },
+  { reason: "banned", sign: /are banned/ },
+  { reason: "tls", sign: /TLS/ },
+  { reason: "deadline", sign: /within a minute/ },
+  { reason: "registered", sign: /password|registered/ },
+  { reason: "taken", sign: /is taken|looks like/ },
+  { reason: "name", sign: /A name/ },
+  { reason: "other", sign: /^/ },
+];
+
+function countRefusal({ counts }: Server, why: string): void {
+  const reason = REFUSALS.find(({ sign }) => sign.test(why))?.reason ?? "other";
+  counts.refusals.set(reason, (counts.refusals.get(reason) ?? 0) + 1);
+}
+
+/** Only programs of this machine, or those with the token, may read the metrics. */
+function answerMetrics(server: Server, request: Request, peer: Peer): Response {
+  const { metricsToken } = server.options;
+  if (metricsToken === undefined && !peer.isLocal)
+    return refuseRequest(403, "The metrics are for programs on this machine, or with a token.");
+  if (metricsToken !== undefined && !hasToken(request, metricsToken))
+    return refuseRequest(401, "Send the token: Authorization: Bearer TOKEN");
+  return new Response(describeMetrics(server), {
+    headers: { "content-type": "text/plain; version=0.0.4; charset=utf-8" },
+  });
+}
+
+/** Compares hashes, whose time tells nothing of the token. */
+function hasToken(request: Request, token: string): boolean {
+  const digest = (text: string) => new Bun.CryptoHasher("sha256").update(text).digest();
+  const sent = request.headers.get("authorization") ?? "";
+  return timingSafeEqual(digest(sent), digest(`Bearer ${token}`));
+}
+
+function describeMetrics(server: Server): string {
+  const { counts, clients, connections } = server;
+  const heldBack = Array.from(connections.values()).filter((client) => client.heldBack);
+  const refusals = Array.from(counts.refusals, ([reason, value]) => {
+    return { name: `{reason="${reason}"}`, value };
+  });
+  const one = (value: number): Sample[] => [{ name: "", value }];
+
+  const metrics: Metric[] = [
+    ["people", "gauge", "People in the room.", one(clients.length)],
+    ["connections", "gauge", "Connections, in the room or not.", one(connections.size)],
+    ["held_back_senders", "gauge", "Connections that wait to be read.", one(heldBack.length)],
+    ["queued_bytes", "gauge", "Memory for what waits to be read.", one(server.memoryUsed)],
+    ["lines_in_total", "counter", "Lines that people have sent.", one(counts.linesIn)],
+    [
+      "lines_out_total",
+      "counter",
+      "Lines for people, once for each of them.",
+      one(counts.linesOut),
+    ],
+    ["bytes_in_total", "counter", "Bytes that people have sent.", one(counts.bytesIn)],
+    ["bytes_out_total", "counter", "Bytes handed to the kernel.", one(counts.bytesOut)],
+    ["refusals_total", "counter", "Connections that were refused.", refusals],
+    ["slow_readers_total", "counter", "Disconnected as too slow.", one(counts.slow)],
+    ["database_errors_total", "counter", "Troubles with the history.", one(counts.databaseErrors)],
+    ["flush_seconds", "histogram", "Time that a flush takes.", counts.flushTimes.samples()],
+    ["flush_lines", "histogram", "Lines that leave together.", counts.flushedLines.samples()],
+  ];
+  return metrics.map(describeMetric).join("");
+}
+
+function describeMetric([name, type, help, samples]: Metric): string {
+  const fullName = `bunchat_${name}`;
+  const lines = samples.map((sample) => `${fullName}${sample.name} ${sample.value}\n`);
+  return `# HELP ${fullName} ${help}\n# TYPE ${fullName} ${type}\n${lines.join("")}`;
+}
+
 // --- Shutdown ----------------------------------------------------------------------------------
 
 const SHUTDOWN = "* The server is shutting down";
@@ -3220,6 +3759,13 @@ const OPTIONS = [
   ["db", "FILE", "keep the history and registered names in this file (SQLite)"],
   ["keep", "DAYS", `until what was said is forgotten (${DEFAULTS.keep}; 0 for never)`],
   ["operators", "NAMES", "registered people who may show others out: alice,bob (needs --db)"],
+  ["web", "PORT", "let browsers in, by the page client.html on this port (0 takes a free one)"],
+  [
+    "web-origin",
+    "URL",
+    "what the page is called in browsers, behind a proxy: https://chat.example.org",
+  ],
+  ["metrics-token", "TOKEN", "lets other machines read /metrics, too, with this token"],
   ["quiet", "", "print only start, stop and errors"],
   ["help", "", "show this text"],
   ["version", "", "show the version"],
@@ -3231,6 +3777,12 @@ Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
 
 ${OPTIONS.map(([name, value, help]) => `  --${name} ${value}`.padEnd(25) + help).join("\n")}`;
 
+/** What a browser on this machine can open. */
+function urlOf({ host, tls }: { host: string; tls: unknown }, port: number): string {
+  const isAnyHost = /^(0\.0\.0\.0|::)$/.test(host);
+  return `http${tls ? "s" : ""}://${formatEndpoint(isAnyHost ? "localhost" : host, port)}/`;
+}
+
 /** Reads the options, opens the room, and attends to signals and the terminal. @throws what the first two throw */
 export function main(): void {
   const { quiet, ...options } = readOptions();
@@ -3239,6 +3791,7 @@ export function main(): void {
   const server = startServer({ ...options, log: quiet ? undefined : print, logError });
   const endpoint = formatEndpoint(options.host, server.port);
   print(`Server is running on ${endpoint}, waiting for connections...`);
+  if (server.webPort !== undefined) print(`Browsers: ${urlOf(options, server.webPort)}`);
   if (server.maxClients < options.maxClients)
     print(`At most ${server.maxClients} clients: more would need more open files (ulimit -n).`);
 
@@ -3349,6 +3902,7 @@ function readOptions() {
     ),
   });
   const { host, quiet, help, version, db, operators, "tls-cert": cert, "tls-key": key } = values;
+  const { web, "web-origin": origin, "metrics-token": token } = values;
   if (help || version) {
     console.log(help ? USAGE : `bun-chat ${VERSION}`);
     process.exit(0);
@@ -3357,6 +3911,9 @@ function readOptions() {
   if (db === "") throw new TypeError("--db takes the name of a file");
   if ((cert === undefined) !== (key === undefined))
     throw new TypeError("--tls-cert and --tls-key go together");
+  if (web === undefined && (origin ?? token) !== undefined)
+    throw new TypeError("--web-origin and --metrics-token go together with --web");
+  if (token === "") throw new TypeError("--metrics-token takes a token");
   if (operators !== undefined && db === undefined)
     throw new TypeError("--operators goes together with --db, where names are registered");
 
@@ -3380,8 +3937,20 @@ function readOptions() {
     keep: readInteger("keep", 0, 36_500, DEFAULTS.keep),
     operators: operators === undefined ? [] : readNames(`${operators}`),
     tls: cert !== undefined && { cert: Bun.file(`${cert}`), key: Bun.file(`${key}`) },
+    web: readInteger("web", 0, 65_535, undefined),
+    webOrigin: origin === undefined ? undefined : readOrigin(`${origin}`),
+    metricsToken: token === undefined ? undefined : `${token}`,
     quiet,
   };
+}
+
+/** @throws TypeError when it is no origin */
+function readOrigin(text: string): string {
+  const url = URL.parse(text);
+  if (url && /^https?:$/.test(url.protocol) && url.href === `${url.origin}/`) return url.origin;
+  throw new TypeError(
+    `--web-origin takes a URL without a path, such as https://chat.example.org, not ${JSON.stringify(text)}`,
+  );
 }
 
 /** @throws TypeError when one of them is no name */
@@ -3458,6 +4027,8 @@ function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
 // While something is on its way, keepalive asks nothing, and Linux sends it again for a quarter of
 // an hour. So we look ourselves for peers that have not answered for long: struct tcp_info in
 // linux/tcp.h, tcp(7). On other systems the kernel decides.
+//
+// And nothing but the descriptors tells of connections to Bun.serve that have not asked for anything.
 
 const IPPROTO_TCP = 6;
 const TCP_INFO = 11;
@@ -3466,27 +4037,54 @@ const RETRANSMITS_AT = 2; // tcpi_retransmits, a byte: how often the same bytes 
 const PROBES_AT = 3; // tcpi_probes, a byte: how often the peer was asked in vain
 const LAST_ACK_AT = 56; // tcpi_last_ack_recv, 32 bits: ms since the peer has answered
 
-/** Whether a peer is gone without a word, and not only silent or slow. */
-const hasVanished = createVanishedCheck();
+const libc = openLibrary();
 
-function createVanishedCheck(): (socket: Connection) => boolean {
-  const parameters = {
-    args: ["int", "int", "int", "buffer", "buffer"],
-    returns: "int",
-  } as const;
-  const info = new DataView(new ArrayBuffer(TCP_INFO_BYTES));
-
+function openLibrary() {
   try {
-    const { getsockopt } = dlopen("libc.so.6", { getsockopt: parameters }).symbols;
-    return ({ fd = -1 }) => {
-      const size = Uint32Array.of(TCP_INFO_BYTES);
-      if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, size) !== 0) return false;
-      const triesInVain = info.getUint8(RETRANSMITS_AT) + info.getUint8(PROBES_AT);
-      return triesInVain > 5 && info.getUint32(LAST_ACK_AT, true) > NO_ANSWER;
-    };
+    return dlopen("libc.so.6", {
+      getsockopt: { args: ["int", "int", "int", "buffer", "buffer"], returns: "int" },
+      getsockname: { args: ["int", "buffer", "buffer"], returns: "int" },
+      getpeername: { args: ["int", "buffer", "buffer"], returns: "int" },
+      shutdown: { args: ["int", "int"], returns: "int" },
+    }).symbols;
   } catch {
-    return () => false; // not Linux with glibc
+    return null; // not Linux with glibc
   }
+}
+
+const tcpInfo = new DataView(new ArrayBuffer(TCP_INFO_BYTES));
+
+/** Whether a peer is gone without a word, and not only silent or slow. */
+function hasVanished({ fd = -1 }: Connection): boolean {
+  const size = Uint32Array.of(TCP_INFO_BYTES);
+  if (libc?.getsockopt(fd, IPPROTO_TCP, TCP_INFO, tcpInfo, size) !== 0) return false;
+  const triesInVain = tcpInfo.getUint8(RETRANSMITS_AT) + tcpInfo.getUint8(PROBES_AT);
+  return triesInVain > 5 && tcpInfo.getUint32(LAST_ACK_AT, true) > NO_ANSWER;
+}
+
+const SOCKADDR_BYTES = 28; // struct sockaddr_in6, the larger one
+const PORT_AT = 2; // sin_port and sin6_port, 16 bits in network order: ip(7), ipv6(7)
+const SHUT_RDWR = 2; // shutdown(2)
+
+/** Ends all connections to a port of ours but those from certain ports. */
+function endConnections(port: number, kept: ReadonlySet<number>): void {
+  if (!libc) return;
+  const highest = openFilesLimit();
+  for (let fd = 3; fd < highest; fd++) {
+    if (portOf(libc.getsockname, fd) !== port) continue;
+    const peerPort = portOf(libc.getpeername, fd); // the listener has none
+    // Bun sees that it has ended, and closes it.
+    if (peerPort !== null && !kept.has(peerPort)) libc.shutdown(fd, SHUT_RDWR);
+  }
+}
+
+type GetName = (fd: number, address: DataView, size: Uint32Array) => number;
+
+/** The port of one end of a socket, or null for what is no socket, or has no such end. */
+function portOf(getName: GetName, fd: number): number | null {
+  const address = new DataView(new ArrayBuffer(SOCKADDR_BYTES));
+  if (getName(fd, address, Uint32Array.of(SOCKADDR_BYTES)) !== 0) return null;
+  return address.getUint16(PORT_AT);
 }
 
 if (import.meta.main) {
