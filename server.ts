@@ -4082,10 +4082,11 @@ type GetName = (fd: number, address: DataView, size: Uint32Array) => number;
 
 /** The port of one end of a socket, or null for what is no socket, or has no such end. */
 function portOf(getName: GetName, fd: number): number | null {
-  const address = new DataView(new ArrayBuffer(SOCKADDR_BYTES));
-  if (getName(fd, address, Uint32Array.of(SOCKADDR_BYTES)) !== 0) return null;
-  return address.getUint16(PORT_AT);
+  if (getName(fd, socketAddress, Uint32Array.of(SOCKADDR_BYTES)) !== 0) return null;
+  return socketAddress.getUint16(PORT_AT);
 }
+
+const socketAddress = new DataView(new ArrayBuffer(SOCKADDR_BYTES));
 
 if (import.meta.main) {
   try {
