@@ -40,6 +40,7 @@ import {
   utimesSync,
 } from "node:fs";
 import { BlockList, isIP } from "node:net";
+import { networkInterfaces } from "node:os";
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
@@ -420,16 +421,13 @@ export function startServer(options: Partial<ServerOptions> = {}) {
     // Half-open, because a client that has sent its FIN may still read: `... | nc -N`.
     Bun.listen<Client>({ hostname, port, tls, allowHalfOpen: true, socket: handlers });
 
-  let web: Web | undefined;
-  let listener: Bun.TCPSocketListener<Client>;
-  try {
-    if (settings.web !== undefined) web = openWeb(server, settings.web);
-    listener = listen(port);
-  } catch (error) {
-    web?.stop();
-    server.history.close();
-    throw error;
-  }
+  using undo = new DisposableStack(); // what is to be undone if the start fails
+  undo.defer(() => server.history.close());
+  let listener = listen(port);
+  undo.defer(() => listener.stop());
+  const web = settings.web === undefined ? undefined : openWeb(server, settings.web);
+  undo.move();
+
   const sweeper = setInterval(sweep, 1000, server);
   logMissingOperators(server);
   let stopped: Promise<void> | undefined;
@@ -1085,7 +1083,7 @@ function discard(server: Server, client: Client): void {
 }
 
 /** An exception in a handler of a socket costs this client only. */
-function handleError(server: Server, socket: Connection, error: unknown): void {
+function handleError(server: Server, socket: { terminate(): void }, error: unknown): void {
   server.options.logError?.(describe(error));
   socket.terminate();
 }
@@ -3229,8 +3227,6 @@ function toIpv4(host: string): string {
 // text holds whole lines, but for very long ones. A `WebConnection` makes a socket of it, and nothing
 // else of the server knows about browsers.
 
-type Web = ReturnType<typeof openWeb>;
-
 /** What belongs to a WebSocket. */
 type Visitor = {
   peer: Peer;
@@ -3256,20 +3252,29 @@ function openWeb(server: Server, port: number) {
       idleTimeout: HTTP_DEADLINE,
       maxRequestBodySize: 0,
       fetch: (request, listener) => answerRequest(server, request, listener, { html, headers }),
-      error: () => new Response("Something went wrong.\n", { status: 500 }),
+      error(error) {
+        server.options.logError?.(describe(error));
+        return refuseRequest(500, "Something went wrong.");
+      },
       websocket: {
         maxPayloadLength: FRAME,
         backpressureLimit: 0, // Bun would leave out lines without a word; our own limit is MAX_QUEUE
         idleTimeout: NO_PONG,
-        open: (socket) => handleVisitor(server, socket),
-        message: (socket, lines) => handleFrame(server, socket, lines),
-        ping: (socket) => handlePing(server, socket),
+        open: (socket) => attend(server, socket, () => handleVisitor(server, socket)),
+        message: (socket, lines) => handleFrame(server, socket.data, lines),
+        ping: (socket) => attend(server, socket, () => handlePing(server, socket)),
         drain: ({ data: { connection } }) => connection?.handleDrain(),
-        close: (socket, code) => handleVisitorClose(server, socket, code),
+        close: (socket, code) =>
+          attend(server, socket, () => handleGone(server, socket.data, code)),
       },
     });
 
-  let listener = serveWeb(port);
+  let listener: Bun.Server<Visitor>;
+  try {
+    listener = serveWeb(port);
+  } catch (error) {
+    throw Object.assign(error as Error, { option: "--web" });
+  }
   const openPort = listener.port ?? 0; // it has none once it has stopped
   const limit = openFilesLimit();
   const watch = setInterval(endIdleVisitors, CHECK_DESCRIPTORS, server, openPort, limit);
@@ -3385,7 +3390,7 @@ function upgrade(server: Server, request: Request, listener: Bun.Server<Visitor>
  */
 function peerOf({ options }: Server, request: Request, listener: Bun.Server<Visitor>): Peer {
   const { address = "", port = 0 } = listener.requestIP(request) ?? {};
-  const isFromHere = isLoopback(toIpv4(address));
+  const isFromHere = isLoopback(toIpv4(address)) || isOwnAddress(toIpv4(address));
   const { webOrigin = "", tls } = options;
   const forwarded = request.headers.get("x-forwarded-for");
   const isForwarded = forwarded !== null || request.headers.get("origin") === webOrigin;
@@ -3402,6 +3407,20 @@ function peerOf({ options }: Server, request: Request, listener: Bun.Server<Visi
   };
 }
 
+function isOwnAddress(host: string): boolean {
+  const interfaces = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
+  return interfaces.some(({ address }) => address === host);
+}
+
+/** Does work for a browser. An exception disconnects this one only. */
+function attend(server: Server, socket: Bun.ServerWebSocket<Visitor>, work: () => void): void {
+  try {
+    work();
+  } catch (error) {
+    handleError(server, socket.data.connection ?? socket, error);
+  }
+}
+
 function handleVisitor(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
   const connection = new WebConnection(server, socket);
   socket.data.connection = connection;
@@ -3409,11 +3428,7 @@ function handleVisitor(server: Server, socket: Bun.ServerWebSocket<Visitor>): vo
 }
 
 /** Collects the lines of a turn: a browser may send thousands of tiny frames. */
-function handleFrame(
-  server: Server,
-  { data: visitor }: Bun.ServerWebSocket<Visitor>,
-  lines: string | Buffer,
-): void {
+function handleFrame(server: Server, visitor: Visitor, lines: string | Buffer): void {
   server.inputs++;
   if (visitor.received === "") setImmediate(takeFrames, server, visitor);
   visitor.received += lines;
@@ -3443,17 +3458,15 @@ function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void 
 }
 
 /** The browser has closed in good order, or it is gone. */
-function handleVisitorClose(
-  server: Server,
-  { data: visitor }: Bun.ServerWebSocket<Visitor>,
-  code: number,
-): void {
+function handleGone(server: Server, visitor: Visitor, code: number): void {
   const { connection } = visitor;
   if (!connection) return;
-  if (code !== ABNORMAL_CLOSURE) takeFrames(server, visitor);
+  const isInGoodOrder = code !== ABNORMAL_CLOSURE;
+  if (isInGoodOrder) takeFrames(server, visitor);
+
   const client = connection.data;
-  const mayReadOn = code !== ABNORMAL_CLOSURE && client.phase !== "closing";
-  if (mayReadOn && client.unread.length > 0) connection.linger();
+  const hasLines = client.unread.length > 0 && client.phase !== "closing";
+  if (isInGoodOrder && hasLines) connection.linger();
   else handleClose(server, client);
 }
 
@@ -3981,16 +3994,20 @@ const PROBLEMS: readonly { sign: RegExp; advice: string }[] = [
   },
 ];
 
+/** An error at the start, and the option whose port it is about. */
+type StartError = NodeJS.ErrnoException & { option?: string };
+
 /** What to tell a person. A TypeError means bad options, or an empty certificate or key file. */
 function explain(error: unknown): string {
-  const { code, path, message } = error as NodeJS.ErrnoException;
+  const { code, path, message, option = "--port" } = error as StartError;
   if (error instanceof TypeError) {
     const [what = ""] = message.split(/ is ambiguous|\.\s/);
     const why = message.includes(" is ambiguous") ? " is missing, or begins with -" : "";
     return `${what}${why}. See bun server.ts --help.`;
   }
   if (path !== undefined) return `The file ${path} cannot be read.`;
-  return PROBLEMS.find(({ sign }) => sign.test(code ?? message))?.advice ?? message;
+  const advice = PROBLEMS.find(({ sign }) => sign.test(code ?? message))?.advice ?? message;
+  return advice.replace("--port", option);
 }
 
 /**
