@@ -224,8 +224,8 @@ mock.module("bun:ffi", () => ({
 }));
 const { addressKey, apply, cleanText, Room, startServer } = await import("./server.ts");
 
-/** A server in this process; one with TLS tells what to trust. */
-type Server = ReturnType<typeof startServer> & { ca?: string };
+/** A server in this process. One with TLS tells what to trust, one for browsers how to come in. */
+type Server = ReturnType<typeof startServer> & { ca?: string; isWeb?: boolean };
 
 /** Opens a room: without limits on the rate, and any exception in it fails the test. */
 function open(options: Partial<ServerOptions> = {}): Server {
@@ -240,9 +240,31 @@ function openTls(options: Partial<ServerOptions> = {}): Server {
   return Object.assign(open({ tls, ...options }), { ca: certificate.ca });
 }
 
+/** Opens a room whose peers come in by WebSocket, as browsers do. */
+function openForBrowsers(options: Partial<ServerOptions> = {}): Server {
+  return throughWeb(open({ web: 0, ...options }));
+}
+
+/** The same under TLS. */
+function openTlsForBrowsers(options: Partial<ServerOptions> = {}): Server {
+  return throughWeb(openTls({ web: 0, ...options }));
+}
+
+/** The same room, which peers enter by WebSocket from now on. */
+function throughWeb(room: Server): Server {
+  return Object.assign(room, { port: room.webPort ?? NaN, isWeb: true });
+}
+
 const BOTH_WAYS = [
   ["without TLS", open],
   ["with TLS", openTls],
+] as const;
+
+const BY_WEBSOCKET = ["by WebSocket", openForBrowsers] as const;
+const ALL_WAYS = [
+  ...BOTH_WAYS,
+  BY_WEBSOCKET,
+  ["by WebSocket with TLS", openTlsForBrowsers],
 ] as const;
 
 /** Opens a room whose log, with each port as PORT, and whose errors a test reads. */
@@ -282,10 +304,71 @@ function present(...names: string[]): string {
 
 // --- Peers: bare sockets
 
-/** Where a server is, and for one with TLS what to trust. */
-type Address = { port: number; ca?: string | undefined };
+/** Where a server is, for one with TLS what to trust, and whether to come in by WebSocket. */
+type Address = { port: number; ca?: string | undefined; isWeb?: boolean };
 
-/** One end of a TCP connection. It sends whatever it is told to, and reads lines. */
+// WebSocket frames (RFC 6455, section 5.2), which Bun's own client would not let us send badly.
+const TEXT = 1;
+const CLOSE = 8;
+const PING = 9;
+const PONG = 10;
+const FIN = 0x80;
+const MASKED = 0x80;
+
+const UPGRADE = [
+  "Upgrade: websocket",
+  "Connection: Upgrade",
+  "Sec-WebSocket-Version: 13",
+  `Sec-WebSocket-Key: ${Buffer.alloc(16).toString("base64")}`,
+];
+
+/** A frame as a client sends it. The mask is zero, which changes nothing. */
+function encodeFrame(
+  opcode: number,
+  payload: Uint8Array | string,
+  { head = FIN, mask = MASKED } = {},
+) {
+  const bytes = Buffer.from(payload as Uint8Array);
+  const header = Buffer.alloc(4);
+  header[0] = head | opcode;
+  header[1] = mask | (bytes.length < 126 ? bytes.length : 126);
+  header.writeUInt16BE(bytes.length < 126 ? 0 : bytes.length, 2);
+  const key = Buffer.alloc(mask === 0 ? 0 : 4);
+  return Buffer.concat([header.subarray(0, bytes.length < 126 ? 2 : 4), key, bytes]);
+}
+
+/** Text as frames of whole lines, where that is possible. */
+function encodeText(text: Buffer): Buffer {
+  const frames: Buffer[] = [];
+  let rest = text;
+  while (rest.length > 0) {
+    const newline = rest.lastIndexOf("\n", 16_000);
+    const end = newline === -1 ? Math.min(rest.length, 16_000) : newline + 1;
+    frames.push(encodeFrame(TEXT, rest.subarray(0, end)));
+    rest = rest.subarray(end);
+  }
+  return Buffer.concat(frames);
+}
+
+/** The frame at the beginning of some bytes, and what follows it; undefined while it is not whole. */
+function decodeFrame(bytes: Buffer) {
+  if (bytes.length < 2) return undefined;
+  const short = bytes.readUInt8(1); // frames of the server have no mask
+  const extended = short === 126 ? 2 : short === 127 ? 8 : 0;
+  const start = 2 + extended;
+  if (bytes.length < start) return undefined;
+  const length =
+    extended === 0 ? short : bytes.readUIntBE(start - Math.min(extended, 6), Math.min(extended, 6));
+  if (bytes.length < start + length) return undefined;
+  const opcode = bytes.readUInt8(0) & 0x0f;
+  return {
+    opcode,
+    payload: bytes.subarray(start, start + length),
+    rest: bytes.subarray(start + length),
+  };
+}
+
+/** One end of a TCP connection, or of a WebSocket. It sends whatever it is told to, and reads lines. */
 class Peer extends Watched {
   name = "";
   total = 0; // bytes received
@@ -295,6 +378,9 @@ class Peer extends Watched {
   ended = Promise.withResolvers<void>(); // a FIN has come, or the connection is gone
   closed = Promise.withResolvers<Error | undefined>(); // with an error if it was reset
 
+  isUpgraded = Promise.withResolvers<void>(); // the WebSocket is open
+  closeCode = 0; // with which the server has closed the WebSocket
+  private frames: Buffer | null = null; // what has come of the next one; null without a WebSocket
   private unsent: Uint8Array = Buffer.alloc(0);
   private decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   private received: string[] = []; // lines
@@ -305,7 +391,11 @@ class Peer extends Watched {
     super();
   }
 
-  static async connect({ port, ca }: Address): Promise<Peer> {
+  /** Connects. `headers` are for the request that becomes a WebSocket. */
+  static async connect(
+    { port, ca, isWeb = false }: Address,
+    headers: readonly string[] = [],
+  ): Promise<Peer> {
     const socket = await Bun.connect<Peer>({
       hostname: "127.0.0.1",
       port,
@@ -317,14 +407,54 @@ class Peer extends Watched {
           peer.isSecured = true;
           peer.send(""); // nothing could be sent before
         },
-        data: ({ data: peer }, chunk) => peer.receive(chunk),
+        data: ({ data: peer }, chunk) => {
+          if (peer.frames === null) peer.receive(chunk);
+          else peer.receiveFrames(Buffer.concat([peer.frames, chunk]));
+        },
         drain: ({ data: peer }) => peer.send(""),
         end: ({ data: peer }) => peer.end(),
         close: ({ data: peer }, error) => peer.close(error),
       },
     });
     cleanups.push(() => socket.terminate());
+    if (isWeb) await socket.data.upgrade(port, headers);
     return socket.data;
+  }
+
+  /** Makes a WebSocket of the connection. */
+  private async upgrade(port: number, headers: readonly string[]): Promise<void> {
+    const request = ["GET /room HTTP/1.1", `Host: 127.0.0.1:${port}`, ...UPGRADE, ...headers];
+    this.send([...request, "", ""].join("\r\n"));
+    this.frames = Buffer.alloc(0);
+    await Promise.race([this.isUpgraded.promise, this.ended.promise]);
+  }
+
+  private receiveFrames(bytes: Buffer): void {
+    const headEnd = bytes.indexOf("\r\n\r\n");
+    if (bytes.subarray(0, 5).toString() === "HTTP/") {
+      if (headEnd === -1) return;
+      expect(bytes.toString("latin1", 0, 12)).toBe("HTTP/1.1 101");
+      this.isUpgraded.resolve();
+      bytes = bytes.subarray(headEnd + 4);
+    }
+    for (let frame = decodeFrame(bytes); frame; frame = decodeFrame(bytes)) {
+      bytes = frame.rest;
+      if (frame.opcode === TEXT) this.receive(frame.payload);
+      if (frame.opcode === PING) this.sendRaw(encodeFrame(PONG, frame.payload));
+      if (frame.opcode === CLOSE) this.endByFrame(frame.payload);
+    }
+    this.frames = bytes;
+  }
+
+  private endByFrame(payload: Buffer): void {
+    this.closeCode = payload.length >= 2 ? payload.readUInt16BE(0) : 1005; // no code was sent
+    this.end();
+  }
+
+  /** Ends what it sends in good order. */
+  finish(): void {
+    if (this.frames === null) this.socket.shutdown();
+    else this.sendRaw(encodeFrame(CLOSE, ""));
   }
 
   receive(chunk: Uint8Array): void {
@@ -351,7 +481,13 @@ class Peer extends Watched {
 
   /** Sends bytes, at once or as soon as the other side takes them. */
   send(bytes: string | Uint8Array): void {
-    this.unsent = Buffer.concat([this.unsent, Buffer.from(bytes as Uint8Array)]);
+    const text = Buffer.from(bytes as Uint8Array);
+    this.sendRaw(this.frames === null ? text : encodeText(text));
+  }
+
+  /** Sends bytes as they are, also to a WebSocket. */
+  sendRaw(bytes: Uint8Array): void {
+    this.unsent = Buffer.concat([this.unsent, bytes]);
     if (this.unsent.length > 0)
       this.unsent = this.unsent.subarray(Math.max(0, this.socket.write(this.unsent)));
     this.change();
@@ -1391,7 +1527,7 @@ describe("joining", () => {
   });
 });
 
-describe.each(BOTH_WAYS)("messages, %s", (_, openRoom) => {
+describe.each(ALL_WAYS)("messages, %s", (_, openRoom) => {
   test("go to all but their sender, in one order", async () => {
     const room = openRoom();
     const names = called("user", 40);
@@ -1413,8 +1549,10 @@ describe.each(BOTH_WAYS)("messages, %s", (_, openRoom) => {
     alice.send(toText(numbered(20_000)));
     expect(await bob.lines(20_000)).toEqual(numbered(20_000, "alice"));
   });
+});
 
-  test("may come in one packet with the name and the FIN", async () => {
+describe.each(BOTH_WAYS)("a FIN, %s", (_, openRoom) => {
+  test("may come in one packet with the name and all lines", async () => {
     const room = openRoom();
     const alice = await enter(room, "alice");
     const bob = await greeted(room);
@@ -1423,6 +1561,15 @@ describe.each(BOTH_WAYS)("messages, %s", (_, openRoom) => {
     expect(await bob.rest()).toEqual(["* The room contains: alice", present("alice", "bob")]);
     const heard = ["* bob has joined the chat", "[bob] hi", "* bob has left the chat"];
     expect(await alice.lines(3)).toEqual(heard);
+  });
+
+  test("of a slow reader leaves it all that was said before, to the last byte", async () => {
+    const [room, alice, bob] = await gather(openRoom(), "alice", "bob");
+    const said = await lagBehind(room, alice, bob, 500_000);
+    bob.socket.shutdown();
+    expect(await alice.line()).toBe("* bob has left the chat");
+    bob.socket.resume();
+    expect(await bob.rest()).toEqual(said);
   });
 });
 
@@ -1646,7 +1793,7 @@ describe("leaving", () => {
 
 const MIB = 1024 * 1024;
 
-describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
+describe.each(ALL_WAYS)("a slow reader, %s", (_, openRoom) => {
   test("may lag behind by less than 1 MiB for long, and by more than that for ten seconds", async () => {
     jest.useFakeTimers();
     const [room, alice, bob, carol] = await gather(openRoom(), "alice", "bob", "carol");
@@ -1685,15 +1832,6 @@ describe.each(BOTH_WAYS)("a slow reader, %s", (_, openRoom) => {
     expect(heard.filter((line) => line.startsWith("["))).toEqual(said);
     const leavers = heard.filter((line) => line.endsWith(" has left the chat (too slow)"));
     expect(leavers).toHaveLength(2);
-  });
-
-  test("may half-close, and still gets all that was said before, to the last byte", async () => {
-    const [room, alice, bob] = await gather(openRoom(), "alice", "bob");
-    const said = await lagBehind(room, alice, bob, 500_000);
-    bob.socket.shutdown();
-    expect(await alice.line()).toBe("* bob has left the chat");
-    bob.socket.resume();
-    expect(await bob.rest()).toEqual(said);
   });
 });
 
@@ -2016,7 +2154,8 @@ describe("a budget", () => {
     expect(unlimited.count("mallory")).toBe(30 * 400);
   });
 
-  test.each(BOTH_WAYS)("lets twenty arrive at once, then one a second, %s", async (_, openRoom) => {
+  const WAYS = [...BOTH_WAYS, BY_WEBSOCKET];
+  test.each(WAYS)("lets twenty arrive at once, then one a second, %s", async (_, openRoom) => {
     jest.useFakeTimers();
     const room = openRoom({ rate: 10, maxPerAddress: 64 });
     const crowd = await Promise.all(times(24, () => Peer.connect(room)));
@@ -2039,7 +2178,7 @@ describe("places", () => {
     ["in a full room", { maxClients: 2 }, FULL],
     ["for one address", { maxPerAddress: 2 }, TOO_MANY],
   ])("that are missing %s are reported, and taken when they are free", async (_, options, why) => {
-    for (const [, openRoom] of BOTH_WAYS) {
+    for (const [, openRoom] of ALL_WAYS) {
       const { room, log } = openLogged(options, openRoom);
       const [alice, bob] = await enterAll(room, "alice", "bob");
       const carol = await Peer.connect(room);
@@ -2135,7 +2274,7 @@ describe("places", () => {
 
 // --- 8. Shutdown -------------------------------------------------------------------------------
 
-describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
+describe.each(ALL_WAYS)("shutdown, %s", (_, openRoom) => {
   test("tells everybody, closes, and leaves the port free at once", async () => {
     const [room, alice, bob] = await gather(openRoom(), "alice", "bob");
     const stranger = await greeted(room);
@@ -2188,18 +2327,6 @@ describe.each(BOTH_WAYS)("shutdown, %s", (_, openRoom) => {
     expect(await bob.rest()).toEqual([SHUTDOWN]);
     expect(await alice.rest()).toEqual(["* Your last lines came too late: 100 or more.", SHUTDOWN]);
   });
-
-  test("is not held up by an endless line, behind which lines may be lost", async () => {
-    jest.useFakeTimers();
-    const room = openRoom({ rate: 10 });
-    const alice = await enter(room, "alice");
-    alice.send(`${"x".repeat(9_000_000)}\nhello\n`);
-    while (room.memoryUsed < 4096) await turns(1);
-    await turns(50);
-    void alice.ended.promise.then(() => alice.socket.shutdown());
-    expect(await timeToStop(room)).toBeLessThan(2_000); // the deadline
-    expect(await alice.rest()).toEqual(["* Your last lines may have come too late.", SHUTDOWN]);
-  });
 });
 
 /** Stops a room. Resolves with the ms of fake time that it takes. */
@@ -2214,6 +2341,20 @@ async function timeToStop(room: Server): Promise<number> {
   await stopping;
   return waited;
 }
+
+describe.each(BOTH_WAYS)("shutdown in a line, %s", (_, openRoom) => {
+  test("is not held up by an endless line, behind which lines may be lost", async () => {
+    jest.useFakeTimers();
+    const room = openRoom({ rate: 10 });
+    const alice = await enter(room, "alice");
+    alice.send(`${"x".repeat(9_000_000)}\nhello\n`);
+    while (room.memoryUsed < 4096) await turns(1);
+    await turns(50);
+    void alice.ended.promise.then(() => alice.socket.shutdown());
+    expect(await timeToStop(room)).toBeLessThan(2_000); // the deadline
+    expect(await alice.rest()).toEqual(["* Your last lines may have come too late.", SHUTDOWN]);
+  });
+});
 
 describe("shutdown", () => {
   test("does not wait longer than two seconds for those who never read or close", async () => {
@@ -6400,7 +6541,475 @@ describe.concurrent("bun server.ts --operators", () => {
   });
 });
 
-// --- 17. Faults --------------------------------------------------------------------------------
+// --- 17. Browsers ------------------------------------------------------------------------------
+// What is the same for a WebSocket stands in the sections before.
+
+/** Sends an HTTP request as it is written. Resolves with the answer, up to the end of the connection. */
+async function ask(port: number, lines: readonly string[]): Promise<string> {
+  const peer = await Peer.connect({ port });
+  peer.send([...lines, "Connection: close", "", ""].join("\r\n"));
+  return (await peer.rest()).join("\n");
+}
+
+/** Asks for a WebSocket. Resolves with the first line of the answer. */
+async function askForRoom(server: Address, headers: readonly string[]): Promise<string> {
+  const peer = await Peer.connect({ ...server, isWeb: false });
+  const request = ["GET /room HTTP/1.1", ...headers, ...UPGRADE, "", ""];
+  peer.send(request.join("\r\n"));
+  return (await peer.line()).trimEnd();
+}
+
+const SWITCHING = "HTTP/1.1 101 Switching Protocols";
+const FORBIDDEN = "HTTP/1.1 403 Forbidden";
+
+describe("the page", () => {
+  test("may run its own script, use its own style, and do nothing else", async () => {
+    const { webPort } = open({ web: 0 });
+    const response = await fetch(`http://127.0.0.1:${webPort}/`);
+    const html = await response.text();
+    expect(html).toBe(await Bun.file(`${import.meta.dir}/client.html`).text());
+
+    const hashOf = (tag: string) => {
+      const code = html.slice(
+        html.indexOf(">", html.indexOf(`<${tag}`)) + 1,
+        html.indexOf(`</${tag}>`),
+      );
+      return `'sha256-${new Bun.CryptoHasher("sha256").update(code).digest("base64")}'`;
+    };
+    expect(response.headers.get("content-security-policy")?.split("; ")).toEqual([
+      "default-src 'none'",
+      `script-src ${hashOf("script")}`,
+      `style-src ${hashOf("style")}`,
+      "img-src data:",
+      "connect-src 'self'",
+      "frame-ancestors 'none'",
+      "base-uri 'none'",
+      "form-action 'none'",
+      "require-trusted-types-for 'script'",
+      "trusted-types 'none'",
+    ]);
+    expect(Object.fromEntries(response.headers)).toMatchObject({
+      "content-type": "text/html; charset=utf-8",
+      "cross-origin-opener-policy": "same-origin",
+      "referrer-policy": "no-referrer",
+      "x-content-type-options": "nosniff",
+    });
+  });
+
+  test.each([
+    ["GET /nothing", [], "404"],
+    ["GET /../server.ts", [], "404"],
+    ["GET /%2e%2e/server.ts", [], "404"],
+    ["GET /room", [], "426"],
+    ["GET /", ["Host: evil.example"], "403"],
+    ["POST /", ["Content-Length: 3", "", "abc"], "413"],
+    ["GET /", [`X: ${"x".repeat(20_000)}`], "431"],
+    ["HEAD /", [], "200"],
+  ])("is all there is: %s", async (request, more, status) => {
+    const { webPort = NaN } = open({ web: 0 });
+    const host = more.some((line) => line.startsWith("Host:"))
+      ? []
+      : [`Host: 127.0.0.1:${webPort}`];
+    const answer = await ask(webPort, [`${request} HTTP/1.1`, ...host, ...more]);
+    expect(answer).toStartWith(`HTTP/1.1 ${status} `);
+    expect(answer).not.toMatch(/\bat \S+:\d+|Bun|server\.ts/);
+  });
+
+  test("is not there without --web", async () => {
+    expect(open().webPort).toBeUndefined();
+  });
+});
+
+describe("an origin", () => {
+  const OURS = "https://chat.example.org";
+
+  // Host, Origin, and whether a page of that origin may enter, by what the server was started with.
+  const ORIGINS = `
+    127.0.0.1:PORT http://127.0.0.1:PORT yes; localhost:PORT http://localhost:PORT yes;
+    [::1]:PORT http://[::1]:PORT yes; 127.0.0.1:PORT none yes; 192.0.2.1:9 http://192.0.2.1:9 yes;
+    127.0.0.1:PORT http://evil.example no; 127.0.0.1:PORT http://localhost:PORT no;
+    127.0.0.1:PORT http://127.0.0.1:1 no; 127.0.0.1:PORT https://127.0.0.1:PORT no;
+    127.0.0.1:PORT null no; evil.example:PORT http://evil.example:PORT no; evil.example none no;
+    localhost.evil.example http://localhost.evil.example no; 1.2.3.4.evil.example none no;
+    chat.example.org https://chat.example.org no; 127.0.0.1:PORT https://chat.example.org no`;
+
+  const NAMED = `
+    chat.example.org https://chat.example.org yes; 127.0.0.1:PORT https://chat.example.org yes;
+    127.0.0.1:PORT http://127.0.0.1:PORT yes; chat.example.org none yes;
+    chat.example.org http://chat.example.org no; chat.example.org https://evil.example no;
+    evil.example https://chat.example.org no; evil.example none no`;
+
+  const UNDER_TLS = `
+    chat.lan:PORT https://chat.lan:PORT yes; 127.0.0.1:PORT https://127.0.0.1:PORT yes;
+    chat.lan:PORT none yes; chat.lan:PORT http://chat.lan:PORT no;
+    chat.lan:PORT https://evil.example no`;
+
+  async function mayEnter(room: Server, row: string) {
+    const at = (text: string) => text.replaceAll("PORT", `${room.port}`);
+    const [host = "", origin = "", answer = ""] = row.split(" ");
+    const headers = [`Host: ${at(host)}`, ...(origin === "none" ? [] : [`Origin: ${at(origin)}`])];
+    expect(await askForRoom(room, headers)).toBe(answer === "yes" ? SWITCHING : FORBIDDEN);
+  }
+
+  test.each(rowsOf(ORIGINS))("must be an address of ours: %s", async (row) => {
+    await mayEnter(openForBrowsers(), row);
+  });
+
+  test.each(rowsOf(NAMED))("may be the one that is named: %s", async (row) => {
+    await mayEnter(openForBrowsers({ webOrigin: OURS }), row);
+  });
+
+  test.each(rowsOf(UNDER_TLS))("may be any name that our certificate proves: %s", async (row) => {
+    await mayEnter(openTlsForBrowsers(), row);
+  });
+});
+
+describe("behind a proxy", () => {
+  const FROM = "X-Forwarded-For: 10.9.9.9, 198.51.100.7";
+
+  /** Enters through a proxy on this machine. */
+  async function enterThrough(room: Server, login: string, headers: readonly string[]) {
+    const peer = await Peer.connect(room, headers);
+    peer.name = login;
+    peer.send(`${login}\n`);
+    return peer;
+  }
+
+  test("each address has its own places, the last one in the list", async () => {
+    const webOrigin = "https://chat.example.org";
+    const { room, log } = openLogged({ maxPerAddress: 1, webOrigin }, openForBrowsers);
+    const alice = await enterThrough(room, "alice", [FROM]);
+    expect(await alice.lines(2)).toEqual([WELCOME, "* The room contains: "]);
+    expect(log).toContain("User alice has joined the chat. From 198.51.100.7:PORT");
+
+    const second = await Peer.connect(room, ["X-Forwarded-For: 198.51.100.7"]);
+    expect(await second.line()).toBe(TOO_MANY);
+    const other = await Peer.connect(room, ["X-Forwarded-For: 198.51.100.7, 2001:db8::1"]);
+    expect(await other.line()).toBe(WELCOME);
+  });
+
+  test("an address that it names is not believed without --web-origin, but is not this machine", async () => {
+    const { room, log } = openLogged({ operators: ["oscar"], db: newFile() }, openForBrowsers);
+    const alice = await enterThrough(room, "alice", [FROM]);
+    expect(await alice.lines(2)).toEqual([WELCOME, "* The room contains: "]);
+    expect(log).toContain("User alice has joined the chat. From 127.0.0.1:PORT");
+    expect(await answersTo(alice, "/register password")).toEqual([
+      expect.stringContaining("Passwords are taken only under TLS"),
+    ]);
+    expect(await answersTo(alice, "/nick oscar")).toEqual([
+      expect.stringContaining("is kept for an operator"),
+    ]);
+  });
+
+  test.each(["10.9.9.9, nonsense", "", "unknown"])("an address must be one: %j", async (list) => {
+    const webOrigin = "https://chat.example.org";
+    const { room, log } = openLogged({ webOrigin }, openForBrowsers);
+    await enterThrough(room, "alice", [`X-Forwarded-For: ${list}`]).then((peer) => peer.lines(2));
+    expect(log).toContain("User alice has joined the chat. From 127.0.0.1:PORT");
+  });
+
+  test.each([
+    ["https://chat.example.org", true],
+    ["http://chat.example.org", false],
+  ])("passwords are taken where browsers come by %s: %p", async (webOrigin, isTaken) => {
+    const room = openForBrowsers({ webOrigin, db: newFile() });
+    const alice = await enterThrough(room, "alice", [FROM]);
+    await alice.lines(2);
+    const [answer] = await answersTo(alice, "/register password");
+    expect(answer?.includes("only under TLS")).toBe(!isTaken);
+  });
+});
+
+describe("a WebSocket", () => {
+  test("is in one room with those who come by TCP", async () => {
+    const tcp = open({ web: 0 });
+    const web = { port: tcp.webPort ?? NaN, isWeb: true };
+    const alice = await enter(web, "alice");
+    const bob = await enter(tcp, "bob");
+    expect(await alice.line()).toBe("* bob has joined the chat");
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    bob.send("/msg alice psst\nhi\n");
+    expect(await alice.lines(2)).toEqual(["[bob -> alice] psst", "[bob] hi"]);
+    expect(await bob.line()).toBe("[bob -> alice] psst");
+    alice.send("/quit\n");
+    expect(await alice.rest()).toEqual([]);
+    expect(await bob.line()).toBe("* alice has left the chat");
+  });
+
+  test("sees the same as those who come by TCP, however long and in whatever script", async () => {
+    const tcp = open({ web: 0 });
+    const web = { port: tcp.webPort ?? NaN, isWeb: true };
+    const crowd = await enterTogether(
+      tcp,
+      times(200, (number) => "語".repeat(28) + (number + 100)),
+    );
+    const [reader, ...browsers] = await Promise.all([
+      enter(tcp, "reader"),
+      ...called("browser", 5).map((name) => enter(web, name)),
+    ]);
+    for (const peer of [reader, ...browsers]) await peer.ping();
+    for (const [number, peer] of crowd.entries())
+      peer.send(`${number} ${"😀é語x".repeat(number)}\n/who\n`);
+
+    // The rosters of those who come by WebSocket are longer than a frame.
+    for (const peer of browsers) peer.send("/who\n");
+    const expected = await reader.lines(200);
+    for (const peer of browsers) {
+      const heard = await peer.lines(201);
+      expect(heard.filter((line) => line.startsWith("["))).toEqual(expected);
+      expect(heard.find((line) => line.startsWith("* 206 people are here: "))?.length).toBe(
+        present(...namesIn(tcp)).length,
+      );
+    }
+  });
+
+  test("may cut up its lines into frames as it likes, but the end of a frame ends a line", async () => {
+    const [alice, bob] = await enterAll(openForBrowsers(), "alice", "bob");
+    const frames = [
+      encodeFrame(TEXT, "one\ntwo\nthree"),
+      encodeFrame(2, "binary\n"),
+      encodeFrame(TEXT, ""),
+      encodeFrame(TEXT, "fo", { head: 0 }),
+      encodeFrame(PING, "are you there?"),
+      encodeFrame(0, "ur\n"),
+      encodeFrame(TEXT, `${"x".repeat(4096)}\n${"y".repeat(4097)}\nend`),
+    ];
+    alice.sendRaw(Buffer.concat(frames));
+    const lines = ["one", "two", "three", "binary", "four", "x".repeat(4096), "end"];
+    expect(await bob.lines(7)).toEqual(lines.map((line) => `[alice] ${line}`));
+    expect(await alice.line()).toBe(TOO_LONG);
+  });
+
+  const HUGE = "x".repeat(16 * 1024 + 1);
+  const BAD_FRAMES: [string, Buffer[], number][] = [
+    ["without a mask", [encodeFrame(TEXT, "hi\n", { mask: 0 })], 1002],
+    ["with a reserved opcode", [encodeFrame(3, "hi\n")], 1002],
+    ["with a reserved bit", [encodeFrame(TEXT, "hi\n", { head: FIN | 0x40 })], 1002],
+    ["that continues nothing", [encodeFrame(0, "hi\n")], 1002],
+    [
+      "within another message",
+      [encodeFrame(TEXT, "hi\n", { head: 0 }), encodeFrame(TEXT, "hi\n")],
+      1002,
+    ],
+    ["that is too long", [encodeFrame(TEXT, HUGE)], 1009],
+    [
+      "that is too long with those before it",
+      times(3, (number) => encodeFrame(number === 0 ? TEXT : 0, HUGE.slice(0, 8000), { head: 0 })),
+      1009,
+    ],
+    ["that is not UTF-8", [encodeFrame(TEXT, Buffer.from([0x68, 0xff, 0x0a]))], 1007],
+    ["that is a long ping", [encodeFrame(PING, "x".repeat(126))], 1002],
+    ["that is a ping in parts", [encodeFrame(PING, "x", { head: 0 })], 1002],
+    ["that closes with a bad code", [encodeFrame(CLOSE, Buffer.from([0, 1]))], 1002],
+  ];
+  test.each(BAD_FRAMES)(
+    "with a frame %s ends, and nobody else notices",
+    async (_, frames, code) => {
+      const [room, alice, bob] = await gather(openForBrowsers(), "alice", "bob");
+      const mallory = await enter(room, "mallory");
+      mallory.sendRaw(Buffer.concat([encodeFrame(TEXT, "before\n"), ...frames]));
+      mallory.send("behind\n");
+      await mallory.ended.promise;
+      if (mallory.closeCode > 0) expect(mallory.closeCode).toBe(code);
+      const heard = (await bob.until(/^\* mallory has left/)).filter((line) =>
+        line.startsWith("["),
+      );
+      expect(heard).not.toContain("[mallory] behind");
+      await stillServes(room, alice, bob);
+    },
+  );
+
+  test("with thousands of tiny frames is read as one text", async () => {
+    const [alice, bob] = await enterAll(openForBrowsers(), "alice", "bob");
+    alice.sendRaw(Buffer.concat(times(20_000, (number) => encodeFrame(TEXT, `${number}`))));
+    expect(await bob.lines(20_000)).toEqual(times(20_000, (number) => `[alice] ${number}`));
+  });
+
+  test("that sends pings without end is held back, and does not fill the memory", async () => {
+    const server = await serve("--web", "0");
+    const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
+    const web = { port: Number(port), isWeb: true };
+    const [alice, bob] = await enterAll(web, "alice", "bob");
+    const before = memory(server.pid, "VmRSS");
+    const pings = Buffer.concat(times(1000, () => encodeFrame(PING, "x".repeat(125))));
+    bob.socket.pause();
+    let sent = 0;
+    for (let turn = 0; turn < 400; turn++) {
+      sent += Math.max(0, bob.socket.write(pings));
+      await turns(1);
+    }
+    expect(sent).toBeLessThan(20 * MIB);
+    expect(memory(server.pid, "VmRSS") - before).toBeLessThan(30 * 1024);
+    await enter(web, "carol");
+    await alice.until("* carol has joined the chat");
+  });
+
+  test.each(["in good order", "without a word"])("that ends %s has left", async (how) => {
+    const [alice, bob] = await enterAll(openForBrowsers(), "alice", "bob");
+    alice.send("one\n");
+    expect(await bob.line()).toBe("[alice] one");
+    if (how === "in good order") alice.finish();
+    else alice.socket.terminate();
+    expect(await bob.line()).toBe("* alice has left the chat");
+  });
+
+  test("that closes is heard to its last line, though it is ahead of its rate", async () => {
+    jest.useFakeTimers();
+    const [room, alice, bob] = await gather(openForBrowsers({ rate: 10 }), "alice", "bob");
+    alice.send(toText(numbered(120)));
+    alice.finish();
+    expect(await bob.lines(NEWCOMER_LINES)).toEqual(numbered(NEWCOMER_LINES, "alice"));
+    expect(await bob.ping()).toEqual([]);
+    await pass(11);
+    const rest = numbered(120, "alice").slice(NEWCOMER_LINES);
+    expect(await bob.lines(rest.length + 1)).toEqual([...rest, "* alice has left the chat"]);
+    await alice.ended.promise;
+    await turns(5);
+    expect(room.memoryUsed).toBe(0);
+  });
+
+  test("that is shown out while it floods still reads why", async () => {
+    const room = openForBrowsers({ db: newFile() });
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    alice.send(toText(numbered(50_000)));
+    await bob.lines(100);
+    room.command("/kick alice spam");
+    const last = (await alice.rest()).at(-1);
+    expect(last).toBe("* You were kicked by the server: spam");
+    expect(alice.closeCode).toBe(1000);
+  });
+
+  test("stays in the room while the certificate is renewed, and the port is still open", async () => {
+    const room = openTlsForBrowsers();
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    for (let time = 0; time < 3; time++) room.renewCertificate();
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    await enter(room, "carol");
+    expect(await bob.line()).toBe("* carol has joined the chat");
+  });
+
+  test("leaves its port free at once when the server stops", async () => {
+    const room = openForBrowsers();
+    const alice = await enter(room, "alice");
+    const stopped = room.stop();
+    expect(await alice.rest()).toEqual([SHUTDOWN]);
+    await stopped;
+    await enter(openForBrowsers({ web: room.port }), "alice");
+  });
+});
+
+describe("when descriptors run short", () => {
+  test.each(["", "GET / HTTP/1.1\r\nHo"])(
+    "connections that ask for nothing (%j) keep nobody out, and cost no time",
+    async (beginning) => {
+      const command = `ulimit -n 256; exec ${process.execPath} server.ts --port 0 --web 0`;
+      const server = await serveBy(["bash", "-c", command]);
+      const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
+      const web = { port: Number(port), isWeb: true };
+      const [alice, bob] = await enterAll(web, "alice", "bob");
+
+      const idle = await Promise.all(
+        times(400, async () => {
+          const peer = await Peer.connect({ port: Number(port) });
+          peer.send(beginning);
+          return peer;
+        }),
+      );
+      alice.send("hello\n");
+      expect(await bob.line()).toBe("[alice] hello");
+      await enter(server, "carol");
+      expect(await bob.line()).toBe("* carol has joined the chat");
+      await enter(web, "dave");
+      expect(await bob.line()).toBe("* dave has joined the chat");
+      if (beginning !== "") expect(idle.some(({ isOpen }) => !isOpen)).toBe(true);
+    },
+  );
+});
+
+describe("the metrics", () => {
+  async function metricsOf(port: number | undefined, headers = {}) {
+    const response = await fetch(`http://127.0.0.1:${port}/metrics`, { headers });
+    const text = await response.text();
+    const values = text.matchAll(/^bunchat_(\S+) (\S+)$/gm);
+    const numbers = Object.fromEntries(
+      Array.from(values, ([, name, value]) => [name, Number(value)]),
+    );
+    return { response, text, numbers };
+  }
+
+  test("count what happens", async () => {
+    const room = open({ web: 0, rate: 10 });
+    const [alice, bob] = await enterAll(room, "alice", "bob");
+    await refusalOf(room, "alice");
+    alice.send("hello\n");
+    expect(await bob.line()).toBe("[alice] hello");
+    alice.send(toText(numbered(200)));
+    await bob.lines(10);
+
+    const { response, text, numbers } = await metricsOf(room.webPort);
+    expect(response.headers.get("content-type")).toStartWith("text/plain; version=0.0.4");
+    expect(numbers).toMatchObject({
+      people: 2,
+      held_back_senders: 1,
+      bytes_in_total: "alice\nbob\nalice\nhello\n".length + toText(numbered(200)).length,
+      bytes_out_total: alice.total + bob.total + (await totalOfRefused()),
+      'refusals_total{reason="taken"}': 1,
+      'refusals_total{reason="other"}': 0,
+      slow_readers_total: 0,
+      database_errors_total: 0,
+    });
+    const { lines_in_total: linesIn = NaN, flush_lines_sum: said = NaN } = numbers;
+    expect(linesIn).toBeWithin(13, 30); // names, and what came before alice was held back
+    expect(said).toBe(linesIn - 3 + 2); // less three names, and two have joined
+    expect(numbers['flush_lines_bucket{le="+Inf"}']).toBe(numbers["flush_lines_count"] ?? NaN);
+    for (const line of text.trimEnd().split("\n"))
+      expect(line).toMatch(
+        /^(# (HELP|TYPE) bunchat_\w+ .+|bunchat_\w+(\{\w+="[^"]+"\})? [\d.e-]+)$/,
+      );
+
+    /** What one hears that comes under a name that is taken. */
+    async function totalOfRefused() {
+      return `${WELCOME}\n* The name alice is taken.\n`.length;
+    }
+  });
+
+  test("count slow readers and troubles with the history", async () => {
+    jest.useFakeTimers();
+    const [room, alice, carol] = await gather(open({ web: 0 }), "alice", "carol");
+    await lagBehind(room, alice, carol, 3_000_000);
+    jest.advanceTimersByTime(12_000);
+    await alice.until("* carol has left the chat (too slow)");
+    const { numbers } = await metricsOf(room.webPort);
+    expect(numbers).toMatchObject({ people: 1, slow_readers_total: 1 });
+  });
+
+  test.each([
+    ["from this machine", {}, 200],
+    ["through a proxy", { "x-forwarded-for": "198.51.100.7" }, 403],
+    ["by a name that leads here", { host: "evil.example" }, 403],
+  ])("are for programs of this machine: %s", async (_, headers, status) => {
+    const { response } = await metricsOf(open({ web: 0 }).webPort, headers);
+    expect(response.status).toBe(status);
+  });
+
+  test.each([
+    ["the token", { authorization: "Bearer s3cret" }, 200],
+    [
+      "the token through a proxy",
+      { authorization: "Bearer s3cret", "x-forwarded-for": "1.2.3.4" },
+      200,
+    ],
+    ["a wrong token", { authorization: "Bearer s3cre" }, 401],
+    ["no token", {}, 401],
+  ])("are for those with the token, if there is one: %s", async (_, headers, status) => {
+    const { response } = await metricsOf(open({ web: 0, metricsToken: "s3cret" }).webPort, headers);
+    expect(response.status).toBe(status);
+  });
+});
+
+// --- 18. Faults --------------------------------------------------------------------------------
 
 /** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
 function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {

@@ -3375,8 +3375,11 @@ function hostOf(origin?: string): string | undefined {
 /** Whether a request comes from our own page, or from a program, which names no origin. */
 function isOurOrigin({ options }: Server, { headers }: Request): boolean {
   const origin = headers.get("origin");
-  const own = `${options.tls ? "https" : "http"}://${headers.get("host")}`;
-  return origin === null || origin === own || origin === options.webOrigin;
+  const host = headers.get("host") ?? "";
+  if (origin === null || origin === options.webOrigin) return true;
+  return (
+    origin === `${options.tls ? "https" : "http"}://${host}` && host !== hostOf(options.webOrigin)
+  );
 }
 
 function upgrade(server: Server, request: Request, listener: Bun.Server<Visitor>): boolean {
