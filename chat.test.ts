@@ -27,11 +27,14 @@
  *  10. The client in a terminal
  *  11. The client in a pipe
  *  12. The client and the history
- *  13. TLS
- *  14. History
- *  15. Registered names
- *  16. Operators
- *  17. Faults
+ *  13. The client and passwords
+ *  14. TLS
+ *  15. History
+ *  16. Registered names
+ *  17. Operators
+ *  18. Browsers
+ *  19. The page in a browser
+ *  20. Faults
  */
 
 import { afterAll, afterEach, beforeEach, describe, expect, jest, mock, test } from "bun:test";
@@ -2448,6 +2451,13 @@ describe.concurrent("bun server.ts", () => {
     ["--max-per-address 0", 2, /^--max-per-address takes a number from 1/],
     ["--keep -1", 2, /^Option '--keep' argument is missing, or begins with -\./],
     ["--keep x", 2, /^--keep takes a number from 0 to 36500, not "x"/],
+    ["--web x", 2, /^--web takes a number from 0 to 65535, not "x"/],
+    ["--web 0 --web-origin chat.lan", 2, /^--web-origin takes a URL without a path, such as/],
+    ["--web 0 --web-origin ftp://chat.lan", 2, /^--web-origin takes a URL without a path/],
+    ["--web 0 --web-origin http://chat.lan/x", 2, /^--web-origin takes a URL without a path/],
+    ["--web-origin http://chat.lan", 2, /^--web-origin and --metrics-token go together with --web/],
+    ["--metrics-token abc", 2, /^--web-origin and --metrics-token go together with --web/],
+    ["--web 0 --metrics-token=", 2, /^--metrics-token takes a token/],
     ["--foo", 2, /^Unknown option '--foo'/],
     ["foo", 2, /^Unexpected argument 'foo'/],
     ["--host 192.0.2.1", 1, /^This machine has no such address/],
@@ -2469,9 +2479,12 @@ describe.concurrent("bun server.ts", () => {
 
   test("says that a port is in use, and leaves the other server alone", async () => {
     const { port } = await serve();
-    const second = inPipe([process.execPath, "server.ts", "--port", `${port}`]);
-    const err = "The port is in use: choose another one with --port.\n";
-    expect(await second.result()).toEqual({ code: 1, out: "", err });
+    for (const option of ["--port", "--web"]) {
+      const ports = ["--port", "0", option, `${port}`];
+      const second = inPipe([process.execPath, "server.ts", ...ports]);
+      const err = `The port is in use: choose another one with ${option}.\n`;
+      expect(await second.result()).toEqual({ code: 1, out: "", err });
+    }
     await enter({ port }, "alice");
   });
 
@@ -2479,7 +2492,7 @@ describe.concurrent("bun server.ts", () => {
     const help = await inPipe(["./server.ts", "--help"]).result();
     expect(help.code).toBe(0);
     const options =
-      "host port rate max-clients max-per-address tls-cert tls-key db keep operators quiet version";
+      "host port rate max-clients max-per-address tls-cert tls-key db keep operators web web-origin metrics-token quiet version";
     for (const option of options.split(" ")) expect(help.out).toContain(`  --${option} `);
     const { version } = await Bun.file(`${import.meta.dir}/package.json`).json();
     const shown = { code: 0, out: `bun-chat ${version}\n`, err: "" };
@@ -4704,7 +4717,7 @@ describe("a client that is shown out", () => {
   });
 });
 
-// --- 13. TLS -----------------------------------------------------------------------------------
+// --- 14. TLS -----------------------------------------------------------------------------------
 // What is the same with and without TLS stands in the sections before.
 
 describe("a room with TLS", () => {
@@ -4740,8 +4753,12 @@ describe("a room with TLS", () => {
     const current = { cert: `${folder}/current-cert.pem`, key: `${folder}/current-key.pem` };
     fs.copyFileSync(certificate.cert, current.cert);
     fs.copyFileSync(certificate.key, current.key);
-    const server = await serve("--tls-cert", current.cert, "--tls-key", current.key);
+    const files = ["--tls-cert", current.cert, "--tls-key", current.key];
+    const server = await serve(...files, "--web", "0");
+    const [, webPort] = await server.out.until(/Browsers: https:\/\/127\.0\.0\.1:(\d+)\//);
     const old = { port: server.port, ca: certificate.ca };
+    const browser = { port: Number(webPort), isWeb: true };
+    const bert = await enter({ ...browser, ca: certificate.ca }, "bert");
     const alice = await enter(old, "alice");
 
     fs.copyFileSync(renewed.cert, current.cert); // the key is still the old one
@@ -4756,13 +4773,15 @@ describe("a room with TLS", () => {
     const distrustful = await Peer.connect(old);
     await distrustful.ended.promise;
     expect(distrustful.total).toBe(0);
+    await enter({ ...browser, ca: renewed.ca }, "dave");
     carol.send("hello\n");
-    const heard = ["* bob has joined the chat", "* carol has joined the chat", "[carol] hello"];
-    expect(await alice.lines(3)).toEqual(heard);
+    const heard = ["bob", "carol", "dave"].map((name) => `* ${name} has joined the chat`);
+    expect(await alice.lines(4)).toEqual([...heard, "[carol] hello"]);
+    await bert.until("[carol] hello");
   });
 });
 
-// --- 14. History -------------------------------------------------------------------------------
+// --- 15. History -------------------------------------------------------------------------------
 
 describe("what was said", () => {
   test.each([
@@ -5387,7 +5406,7 @@ describe.concurrent("bun server.ts --db", () => {
   });
 });
 
-// --- 15. Registered names ----------------------------------------------------------------------
+// --- 16. Registered names ----------------------------------------------------------------------
 
 describe("a registered name", () => {
   test("is had by its password only", async () => {
@@ -6086,7 +6105,7 @@ describe("a password", () => {
   }
 });
 
-// --- 16. Operators -----------------------------------------------------------------------------
+// --- 17. Operators -----------------------------------------------------------------------------
 
 /** Opens a room in which alice is an operator, with two other people. */
 async function openWithOperator(options: Partial<ServerOptions> = {}) {
@@ -6541,7 +6560,7 @@ describe.concurrent("bun server.ts --operators", () => {
   });
 });
 
-// --- 17. Browsers ------------------------------------------------------------------------------
+// --- 18. Browsers ------------------------------------------------------------------------------
 // What is the same for a WebSocket stands in the sections before.
 
 /** Sends an HTTP request as it is written. Resolves with the answer, up to the end of the connection. */
@@ -6900,6 +6919,29 @@ describe("a WebSocket", () => {
   });
 });
 
+describe("compiled programs", () => {
+  test("are one for each of the two, which has all that it needs", async () => {
+    const programs = fs.mkdtempSync(`${tmpdir()}/bun-chat-programs-`);
+    cleanups.push(() => fs.rmSync(programs, { recursive: true }));
+    const build = async (...options: string[]) => {
+      const command = [process.execPath, "build", "--compile", ...options];
+      expect(await inPipe(command).result()).toMatchObject({ code: 0 });
+    };
+    await build("--asset", "client.html", "server.ts", "--outfile", `${programs}/bun-chat-server`);
+    await build("client.ts", "--outfile", `${programs}/bun-chat`);
+
+    const server = await serveBy([`${programs}/bun-chat-server`, "--port", "0", "--web", "0"]);
+    const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
+    const page = await fetch(`http://127.0.0.1:${port}/`);
+    expect(await page.text()).toBe(await Bun.file(`${import.meta.dir}/client.html`).text());
+
+    const client = inPipe([`${programs}/bun-chat`, "--port", `${server.port}`, "--name", "alice"]);
+    client.type("hello\n");
+    await server.out.until("Received message from alice: hello");
+    client.child.kill();
+  });
+});
+
 describe("when descriptors run short", () => {
   test.each(["", "GET / HTTP/1.1\r\nHo"])(
     "connections that ask for nothing (%j) keep nobody out, and cost no time",
@@ -7009,7 +7051,7 @@ describe("the metrics", () => {
   });
 });
 
-// --- 18. Faults --------------------------------------------------------------------------------
+// --- 20. Faults --------------------------------------------------------------------------------
 
 /** From now on writes of a server fail: those to sockets that `isVictim` picks, or all. */
 function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {
