@@ -6621,11 +6621,14 @@ describe("the page", () => {
     ["GET /%2e%2e/server.ts", [], "404"],
     ["GET /room", [], "426"],
     ["GET /", ["Host: evil.example"], "403"],
+    ["GET /", ["Host: a b"], "403"],
+    ["GET /", ["Host: 127.0.0.1:99999"], "404"],
+    ["PUT /", [], "405"],
     ["POST /", ["Content-Length: 3", "", "abc"], "413"],
     ["GET /", [`X: ${"x".repeat(20_000)}`], "431"],
     ["HEAD /", [], "200"],
   ])("is all there is: %s", async (request, more, status) => {
-    const { webPort = NaN } = open({ web: 0 });
+    const { webPort = NaN } = open({ web: 0 }); // which would fail the test if it logged an error
     const host = more.some((line) => line.startsWith("Host:"))
       ? []
       : [`Host: 127.0.0.1:${webPort}`];

@@ -3333,10 +3333,11 @@ function answerRequest(
   listener: Bun.Server<Visitor>,
   page: Page,
 ): Response | undefined {
-  const { pathname } = new URL(request.url);
   if (!isOurHost(server, request)) return refuseRequest(403, WRONG_HOST);
+  if (request.method !== "GET" && request.method !== "HEAD")
+    return refuseRequest(405, "This can only be read.");
 
-  switch (pathname) {
+  switch (URL.parse(request.url)?.pathname) {
     case "/":
       return new Response(page.html, { headers: page.headers });
     case "/room":
