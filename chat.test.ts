@@ -442,6 +442,7 @@ class Peer extends Watched {
     }
     for (let frame = decodeFrame(bytes); frame; frame = decodeFrame(bytes)) {
       bytes = frame.rest;
+      expect(frame.payload.length).toBeLessThanOrEqual(16 * 1024);
       if (frame.opcode === TEXT) this.receive(frame.payload);
       if (frame.opcode === PING) this.sendRaw(encodeFrame(PONG, frame.payload));
       if (frame.opcode === CLOSE) this.endByFrame(frame.payload);
@@ -6848,24 +6849,27 @@ describe("a WebSocket", () => {
     expect(await bob.lines(20_000)).toEqual(times(20_000, (number) => `[alice] ${number}`));
   });
 
-  test("that sends pings without end is held back, and does not fill the memory", async () => {
-    const server = await serve("--web", "0");
-    const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
-    const web = { port: Number(port), isWeb: true };
-    const [alice, bob] = await enterAll(web, "alice", "bob");
-    const before = memory(server.pid, "VmRSS");
-    const pings = Buffer.concat(times(1000, () => encodeFrame(PING, "x".repeat(125))));
-    bob.socket.pause();
-    let sent = 0;
-    for (let turn = 0; turn < 400; turn++) {
-      sent += Math.max(0, bob.socket.write(pings));
-      await turns(1);
-    }
-    expect(sent).toBeLessThan(20 * MIB);
-    expect(memory(server.pid, "VmRSS") - before).toBeLessThan(30 * 1024);
-    await enter(web, "carol");
-    await alice.until("* carol has joined the chat");
-  });
+  test.each(["reads the answers", "does not read"])(
+    "that sends pings without end and %s is held back, and does not fill the memory",
+    async (how) => {
+      const server = await serve("--web", "0");
+      const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
+      const web = { port: Number(port), isWeb: true };
+      const [alice, bob] = await enterAll(web, "alice", "bob");
+      const before = memory(server.pid, "VmRSS");
+      const pings = Buffer.concat(times(1000, () => encodeFrame(PING, "x".repeat(125))));
+      if (how === "does not read") bob.socket.pause();
+      let sent = 0;
+      for (let turn = 0; turn < 400; turn++) {
+        sent += Math.max(0, bob.socket.write(pings));
+        await turns(1);
+      }
+      expect(sent).toBeLessThan(20 * MIB);
+      expect(memory(server.pid, "VmRSS") - before).toBeLessThan(30 * 1024);
+      await enter(web, "carol");
+      await alice.until("* carol has joined the chat");
+    },
+  );
 
   test.each(["in good order", "without a word"])("that ends %s has left", async (how) => {
     const [alice, bob] = await enterAll(openForBrowsers(), "alice", "bob");
@@ -6878,7 +6882,8 @@ describe("a WebSocket", () => {
 
   test("that closes is heard to its last line, though it is ahead of its rate", async () => {
     jest.useFakeTimers();
-    const [room, alice, bob] = await gather(openForBrowsers({ rate: 10 }), "alice", "bob");
+    const room = openForBrowsers({ rate: 10, maxClients: 2 });
+    const [alice, bob] = await enterAll(room, "alice", "bob");
     alice.send(toText(numbered(120)));
     alice.finish();
     expect(await bob.lines(NEWCOMER_LINES)).toEqual(numbered(NEWCOMER_LINES, "alice"));
@@ -6886,9 +6891,21 @@ describe("a WebSocket", () => {
     await pass(11);
     const rest = numbered(120, "alice").slice(NEWCOMER_LINES);
     expect(await bob.lines(rest.length + 1)).toEqual([...rest, "* alice has left the chat"]);
-    await alice.ended.promise;
-    await turns(5);
+    await enter(room, "carol"); // there is a place again
     expect(room.memoryUsed).toBe(0);
+  });
+
+  test("that follows hears marks, and others do not", async () => {
+    const room = openForBrowsers();
+    const { peer: alice } = await follow(room, "alice");
+    await linesUntil(alice, "* alice has joined the chat");
+    const bob = await enter(room, "bob");
+    await linesUntil(alice, "* bob has joined the chat");
+    bob.send("one\n");
+    await linesUntil(alice, "[bob] one");
+    alice.send("two\n");
+    expect(await bob.line()).toBe("[alice] two");
+    expect(await bob.ping()).toEqual([]);
   });
 
   test("that is shown out while it floods still reads why", async () => {
