@@ -7085,35 +7085,41 @@ function breakWrites(peer: Peer, isVictim = (_: unknown) => true): Disposable {
   return { [Symbol.dispose]: () => void (sockets.write = write) };
 }
 
-describe("an exception", () => {
-  test.each([
-    ["open", "New connection", null],
-    ["data, while joining", "User mallory has joined", null],
-    ["data, while speaking", "Received message", null],
-    ["end", "Removing user", "shutdown"],
-    ["close", "Removing user", "terminate"],
-  ] as const)("in %s is reported, and costs that connection only", async (_, event, leave) => {
-    let isArmed = false;
-    const log = (line: string) => {
-      if (!isArmed || !line.startsWith(event)) return;
-      isArmed = false;
-      throw new Error("on purpose");
-    };
-    const { room, problems } = openLogged({ log });
-    const [alice, bob] = await enterAll(room, "alice", "bob");
-    isArmed = true;
-    const mallory = await Peer.connect(room);
-    mallory.send("mallory\nhi\n");
-    if (leave) {
-      await bob.until("[mallory] hi");
-      mallory.socket[leave]();
-    }
-    await mallory.ended.promise;
-    await stillServes(room, alice, bob);
-    expect(problems.splice(0)).toEqual([expect.stringContaining("on purpose")]);
-    expect(namesIn(room)).toEqual(["alice", "bob"]);
-  });
+describe.each([["without TLS", open] as const, BY_WEBSOCKET])(
+  "an exception, %s,",
+  (_, openRoom) => {
+    test.each([
+      ["open", "New connection", null],
+      ["data, while joining", "User mallory has joined", null],
+      ["data, while speaking", "Received message", null],
+      ["end", "Removing user", "finish"],
+      ["close", "Removing user", "terminate"],
+    ] as const)("in %s is reported, and costs that connection only", async (_, event, leave) => {
+      let isArmed = false;
+      const log = (line: string) => {
+        if (!isArmed || !line.startsWith(event)) return;
+        isArmed = false;
+        throw new Error("on purpose");
+      };
+      const { room, problems } = openLogged({ log }, openRoom);
+      const [alice, bob] = await enterAll(room, "alice", "bob");
+      isArmed = true;
+      const mallory = await Peer.connect(room);
+      mallory.send("mallory\nhi\n");
+      if (leave) {
+        await bob.until("[mallory] hi");
+        if (leave === "finish") mallory.finish();
+        else mallory.socket.terminate();
+      }
+      await mallory.ended.promise;
+      await stillServes(room, alice, bob);
+      expect(problems.splice(0)).toEqual([expect.stringContaining("on purpose")]);
+      expect(namesIn(room)).toEqual(["alice", "bob"]);
+    });
+  },
+);
 
+describe("an exception", () => {
   test.each(["handshake", "join", "drain"])("while writing in %s does, too", async (handler) => {
     const { room, problems } = openLogged({}, handler === "handshake" ? openTls : open);
     const [alice, bob, carol] = await enterAll(room, "alice", "bob", "carol");
