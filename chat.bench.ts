@@ -15,7 +15,7 @@
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { cpus, release, tmpdir, type } from "node:os";
 import { parseArgs } from "node:util";
-import type { Socket, SocketHandler, Subprocess } from "bun";
+import type { ServerWebSocket, Socket, SocketHandler, Subprocess } from "bun";
 
 // --- The servers -------------------------------------------------------------------------------
 
@@ -30,6 +30,7 @@ type Contender = {
   echo?: boolean; // whether the one who said it hears it too
   aside?: string; // what comes besides, at most once in a run
   capacity?: number; // people
+  isWeb?: boolean; // whether one connects by WebSocket; a frame holds one or more whole lines
 };
 
 /**
@@ -61,9 +62,48 @@ async function naiveRoom(port: number): Promise<void> {
   server.listen(port, "127.0.0.1", 512);
 }
 
+/**
+ * The same room for WebSockets, as Bun's documentation shows it: Bun knows who subscribes, and sends
+ * them a frame per message. It refers to nothing outside itself, either.
+ */
+function publishingRoom(port: number): void {
+  const people = new Map<ServerWebSocket, string>();
+
+  function take(socket: ServerWebSocket, line: string): void {
+    const name = people.get(socket);
+    if (name !== undefined) {
+      socket.publish("room", `[${name}] ${line}\n`); // to all but the socket itself
+      return;
+    }
+    socket.send(`* The room contains: ${[...people.values()].join(", ")}\n`);
+    people.set(socket, line);
+    socket.subscribe("room");
+    socket.publish("room", `* ${line} has joined the chat\n`);
+  }
+
+  Bun.serve({
+    hostname: "127.0.0.1",
+    port,
+    fetch(request, server) {
+      if (server.upgrade(request)) return undefined;
+      return new Response("This is for WebSockets.\n", { status: 426 });
+    },
+    websocket: {
+      open(socket) {
+        socket.send("Welcome to bun-chat! What is your name?\n");
+      },
+      message(socket, lines) {
+        for (const line of lines.toString().trimEnd().split("\n")) take(socket, line);
+      },
+      close(socket) {
+        people.delete(socket);
+      },
+    },
+  });
+}
+
 const HOST = "127.0.0.1";
 const OURS = "bun-chat";
-const OURS_IN_A_FILE = "bun-chat --db";
 const FOLDER = mkdtempSync(`${tmpdir()}/bun-chat-bench-`); // for histories in files
 const BUDGET_CHAT = {
   join: "{name}\n",
@@ -74,8 +114,20 @@ const BUDGET_CHAT = {
 const CONTENDERS: Contender[] = [
   { name: OURS, command: "{bun} {server} --quiet --rate 0 --port {port}", ...BUDGET_CHAT },
   {
-    name: OURS_IN_A_FILE,
+    name: "bun-chat --db",
     command: "{bun} {server} --quiet --rate 0 --port {port} --db {history}",
+    ...BUDGET_CHAT,
+  },
+  {
+    name: "bun-chat, WebSocket",
+    command: "{bun} {server} --quiet --rate 0 --port 0 --web {port}",
+    isWeb: true,
+    ...BUDGET_CHAT,
+  },
+  {
+    name: "Bun.serve, publish",
+    command: "{bun} -e {publishing}",
+    isWeb: true,
     ...BUDGET_CHAT,
   },
   { name: "naive, Bun", command: "{bun} -e {naive}", ...BUDGET_CHAT },
@@ -115,13 +167,14 @@ function commandLine({ command }: Contender, port: number): string[] {
     ["{bun}", process.execPath],
     ["{server}", `${import.meta.dir}/server.ts`],
     ["{naive}", `(${naiveRoom})(${port})`],
+    ["{publishing}", `(${publishingRoom})(${port})`],
     ["{history}", `${FOLDER}/${port}.sqlite`],
   ]);
   const words = command.trim().split(/\s+/);
   return words.map((word) => values.get(word) ?? word.replace("{port}", `${port}`));
 }
 
-const isOurs = ({ name }: Contender) => name === OURS || name === OURS_IN_A_FILE;
+const isOurs = ({ command }: Contender) => command.includes("{server}");
 
 const isInstalled = (contender: Contender) =>
   Bun.which(commandLine(contender, 0)[0] ?? "") !== null;
@@ -132,8 +185,8 @@ const LINES_A_SECOND = 200; // of all people together, in an evening
 
 const USAGE = `Usage: bun chat.bench.ts [options]
 
-Measures the server beside this file against the naive room, whatever else is installed of Node,
-Redis, NATS and ncat, and the peers that you name.
+Measures the server beside this file, by TCP and by WebSocket, against the naive rooms for either,
+whatever else is installed of Node, Redis, NATS and ncat, and the peers that you name.
 
   conversation   some of the people speak, each its next line when its last has come through
   burst          the same with 50 lines of each speaker on their way
@@ -196,7 +249,7 @@ function readPeer(text: string): Contender {
 class Room {
   startTime = 0; // ms
   threads = new Map<string, number[]>(); // ms that each has run, and waited for a core
-  people: Socket<Person>[] = []; // those who have joined, in that order
+  people: Connection[] = []; // those who have joined, in that order
   total = 0; // lines that were said in this run
   constructor(
     readonly contender: Contender,
@@ -205,7 +258,7 @@ class Room {
   ) {}
 }
 
-/** One of the crowd. It is `socket.data` of its socket. */
+/** One of the crowd. It is `data` of its connection. */
 class Person {
   bytes = 0; // that came since it joined, or since the run began
   spoken: number[] = []; // when it said its lines in this run
@@ -265,8 +318,14 @@ function kill({ server }: Room): void {
 function stop(room: Room): void {
   running.delete(room);
   kill(room);
-  for (const socket of room.people) socket.terminate();
+  for (const connection of room.people) connection.terminate();
 }
+
+/** What the crowd asks of a TCP socket, and a `WebConnection` does as well. */
+type Connection = Pick<Socket<Person>, "data" | "pause" | "resume" | "terminate"> & {
+  /** Returns how many bytes have left. */
+  write(text: string): number;
+};
 
 const HANDLERS: SocketHandler<Person> = {
   data({ data: person }, chunk) {
@@ -274,32 +333,80 @@ const HANDLERS: SocketHandler<Person> = {
     person.hear?.(chunk.toString("latin1"));
   },
   close({ data: { room } }) {
-    if (running.has(room)) fail(room, "it closed a connection");
+    handleClose(room);
   },
 };
 
-function send(socket: Socket<Person>, text: string): void {
-  const { room } = socket.data;
-  if (socket.write(text) !== text.length && running.has(room)) fail(room, "it does not read");
+function handleClose(room: Room): void {
+  if (running.has(room)) fail(room, "it closed a connection");
+}
+
+class WebConnection implements Connection {
+  private readonly socket: WebSocket;
+  readonly opened: Promise<void>;
+
+  constructor(readonly data: Person) {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const { room } = data;
+    this.opened = promise;
+    this.socket = new WebSocket(`ws://${HOST}:${room.port}/room`);
+    this.socket.onopen = () => resolve();
+    this.socket.onclose = () => handleClose(room); // also when it could not be opened
+    this.socket.onmessage = ({ data: lines }: MessageEvent<string>) => {
+      data.bytes += lines.length; // all is ASCII
+      data.hear?.(lines);
+    };
+  }
+
+  write(text: string): number {
+    this.socket.send(text);
+    return text.length - this.socket.bufferedAmount;
+  }
+
+  pause(): void {
+    this.socket.pause();
+  }
+
+  resume(): void {
+    this.socket.resume();
+  }
+
+  terminate(): void {
+    this.socket.terminate();
+  }
+}
+
+async function connect(person: Person): Promise<Connection> {
+  const { contender, port } = person.room;
+  if (!contender.isWeb)
+    return Bun.connect({ hostname: HOST, port, data: person, socket: HANDLERS });
+  const connection = new WebConnection(person);
+  await connection.opened;
+  return connection;
+}
+
+function send(connection: Connection, text: string): void {
+  const { room } = connection.data;
+  if (connection.write(text) !== text.length && running.has(room)) fail(room, "it does not read");
 }
 
 const NAME = "user00000"; // all names are as long
 
 async function join(room: Room, name: string): Promise<void> {
-  const { people, port, contender } = room;
-  const data = new Person(room);
+  const { people, contender } = room;
+  const person = new Person(room);
   let answer = "";
-  data.hear = (chunk) => {
+  person.hear = (chunk) => {
     answer += chunk;
     const joined = contender.joined.exec(answer)?.[0];
     if (joined === undefined) return;
-    data.hear = undefined;
-    data.bytes -= joined.length;
-    people.push(socket);
+    person.hear = undefined;
+    person.bytes -= joined.length;
+    people.push(connection);
   };
-  const socket = await Bun.connect({ hostname: HOST, port, data, socket: HANDLERS });
-  send(socket, contender.join.replace("{name}", name));
-  data.hear?.(""); // there may be no answer to wait for
+  const connection = await connect(person);
+  send(connection, contender.join.replace("{name}", name));
+  person.hear?.(""); // there may be no answer to wait for
 }
 
 /** Lets `count` people join, so many at a time. Returns when all had heard of all others. */
@@ -389,12 +496,12 @@ function compose(speaker: number, serial: number): string {
 
 /** Lets one of the people say so many lines, with one write. */
 function say(room: Room, speaker: number, lines: number, due = performance.now()): void {
-  const socket = room.people[speaker];
-  if (!socket || lines <= 0) return;
-  const { spoken } = socket.data;
+  const connection = room.people[speaker];
+  if (!connection || lines <= 0) return;
+  const { spoken } = connection.data;
   const next = () => room.contender.say.replace("{text}", compose(speaker, spoken.push(due) - 1));
   room.total += lines;
-  send(socket, Array.from({ length: lines }, next).join(""));
+  send(connection, Array.from({ length: lines }, next).join(""));
 }
 
 /**
@@ -434,7 +541,7 @@ async function finish(room: Room, before: Usage): Promise<Usage & { delivered: n
   const { people, total, contender } = room;
   const { heard, echo, aside = "" } = contender;
   const length = heard.replace("{text}", compose(0, 0)).replace("{name}", NAME).length;
-  const hasHeard = ({ data: { bytes, spoken } }: Socket<Person>) => {
+  const hasHeard = ({ data: { bytes, spoken } }: Connection) => {
     const surplus = bytes - length * (echo ? total : total - spoken.length);
     return surplus === 0 || surplus === aside.length;
   };
@@ -482,7 +589,7 @@ async function spendEvening(room: Room): Promise<Samples> {
   const [first, last] = [listen(room, 0), listen(room, -1)];
   const others = room.people.slice(1, -1);
   const lateness: number[] = [];
-  for (const socket of others) socket.pause();
+  for (const connection of others) connection.pause();
   for (let due = before.time; due < before.time + SCALE.evening; due += 1000 / LINES_A_SECOND) {
     while (performance.now() < due) await new Promise(setImmediate);
     lateness.push(performance.now() - due);
@@ -490,7 +597,7 @@ async function spendEvening(room: Room): Promise<Samples> {
   }
   const bothHaveHeard = () => first.length === room.total && last.length === room.total;
   await settle(room, bothHaveHeard);
-  for (const socket of others) socket.resume();
+  for (const connection of others) connection.resume();
   const { time, server, delivered } = await finish(room, before);
   return {
     "µs/line": (server / delivered) * 1000,
