@@ -63,8 +63,8 @@ async function naiveRoom(port: number): Promise<void> {
 }
 
 /**
- * The same room for WebSockets, as Bun's documentation shows it: Bun knows who subscribes, and sends
- * them a frame per message. It refers to nothing outside itself, either.
+ * The same room for WebSockets, as Bun's documentation shows it: Bun knows the subscribers, and sends
+ * them a frame per message. This refers to nothing outside itself, either.
  */
 function publishingRoom(port: number): void {
   const people = new Map<ServerWebSocket, string>();
@@ -399,7 +399,8 @@ async function settle(room: Room, isComplete: () => boolean, patience = SCALE.pa
 
 // --- WebSockets --------------------------------------------------------------------------------
 // The crowd makes and reads frames by itself (RFC 6455, section 5.2). Bun's `WebSocket` takes three
-// times as long to read one, which is longer than a server takes to send it: the crowd would be the limit.
+// times as long to read one, which is longer than a server takes to send it. Then the crowd would be
+// the limit.
 
 const TEXT = 0x81; // a whole message of text
 const PING = 0x89;
@@ -478,7 +479,7 @@ class FrameReader {
   }
 }
 
-/** Slices nothing where nobody listens: that would cost more than all else here. */
+/** Counts bytes, and makes text of them only for those who listen: that would cost far more. */
 function receive(person: Person, bytes: Buffer, start: number, end: number): void {
   person.bytes += end - start;
   person.hear?.(bytes.toString("latin1", start, end));
@@ -491,7 +492,7 @@ function headerSize(bytes: Buffer, start: number): number {
   return size === 126 ? 4 : 10;
 }
 
-/** How long the payload behind the header is. One of 4 GiB or more does not occur. */
+/** How long the payload behind the header is. It is less than 4 GiB. */
 function payloadSize(bytes: Buffer, start: number): number {
   const size = bytes[start + 1] ?? 0;
   if (size < 126) return size;
