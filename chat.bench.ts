@@ -63,8 +63,8 @@ async function naiveRoom(port: number): Promise<void> {
 }
 
 /**
- * The same room for WebSockets, as Bun's documentation shows it: Bun knows the subscribers, and sends
- * them a frame per message. This refers to nothing outside itself, either.
+ * The same room for WebSockets, as Bun's documentation shows it: Bun knows the subscribers, and
+ * sends them a frame per message. This refers to nothing outside itself, either.
  */
 function publishingRoom(port: number): void {
   const people = new Map<ServerWebSocket, string>();
@@ -399,8 +399,8 @@ async function settle(room: Room, isComplete: () => boolean, patience = SCALE.pa
 
 // --- WebSockets --------------------------------------------------------------------------------
 // The crowd makes and reads frames by itself (RFC 6455, section 5.2). Bun's `WebSocket` takes three
-// times as long to read one, which is longer than a server takes to send it. Then the crowd would be
-// the limit.
+// times as long to read one, which is longer than a server takes to send it: with it, the crowd would
+// be the limit.
 
 const TEXT = 0x81; // a whole message of text
 const PING = 0x89;
