@@ -3263,7 +3263,9 @@ function openWeb(server: Server, port: number) {
         open: (socket) => attend(server, socket, () => handleVisitor(server, socket)),
         message: (socket, lines) => handleFrame(server, socket.data, lines),
         ping: (socket) => attend(server, socket, () => handlePing(server, socket)),
-        drain: ({ data: { connection } }) => connection?.handleDrain(),
+        drain({ data: { connection } }) {
+          if (connection) handleDrain(server, connection.data);
+        },
         close: (socket, code) =>
           attend(server, socket, () => handleGone(server, socket.data, code)),
       },
@@ -3333,10 +3335,11 @@ function answerRequest(
   listener: Bun.Server<Visitor>,
   page: Page,
 ): Response | undefined {
-  const { pathname } = new URL(request.url);
   if (!isOurHost(server, request)) return refuseRequest(403, WRONG_HOST);
+  if (request.method !== "GET" && request.method !== "HEAD")
+    return refuseRequest(405, "This can only be read.");
 
-  switch (pathname) {
+  switch (URL.parse(request.url)?.pathname) {
     case "/":
       return new Response(page.html, { headers: page.headers });
     case "/room":
@@ -3504,12 +3507,7 @@ class WebConnection implements Connection {
     return taken - start;
   }
 
-  /** There is room again. */
-  handleDrain(): void {
-    if (this.socket.getBufferedAmount() === 0) handleDrain(this.server, this.data);
-  }
-
-  /** Takes leave when all has been sent; until then `handleDrain` brings it back here. */
+  /** Takes leave when all has been sent. Until then, each `drain` brings it back here. */
   shutdown(): void {
     if (this.isLingering) handleClose(this.server, this.data);
     else if (this.socket.getBufferedAmount() === 0) this.socket.close();
