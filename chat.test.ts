@@ -1278,7 +1278,7 @@ class Page {
 
   /** Waits until an expression is true in the page. */
   async until(expression: string): Promise<void> {
-    for (const deadline = Date.now() + DEADLINE; !(await this.evaluate(expression));) {
+    for (const deadline = Date.now() + PATIENCE; !(await this.evaluate(expression));) {
       if (Date.now() > deadline) {
         const shown = await this.evaluate<string>("document.body.innerText");
         throw new Error(`no ${expression} in ${JSON.stringify(shown.slice(-2000))}`);
@@ -7987,8 +7987,9 @@ describe("the attention of the page", () => {
       }`);
     const tonesAfter = async (line: string) => {
       bob.send(`${line}\n`);
-      await page.until(`document.querySelector("#lines li:last-child .words").textContent
-        .endsWith(${JSON.stringify(line.split(" ").at(-1))})`);
+      await page.until(
+        `textsOf("lines").at(-1)?.endsWith(${JSON.stringify(line.split(" ").at(-1))})`,
+      );
       return await page.evaluate<number>("tones");
     };
     await page.say("hi"); // a page may make no sound before somebody has done something in it
@@ -8120,7 +8121,7 @@ describe("a page that has lost the connection", () => {
       const said = await page.said();
       for (const name of ["alice", "bob"])
         expect(said.filter((line) => line.startsWith(`[${name}]`))).toEqual(numbered(60, name));
-      expect(proxy.state.cuts).toBeGreaterThan(3);
+      expect(proxy.state.cuts).toBeGreaterThan(1);
 
       const { peer } = await follow(room, "carol");
       const heard = await linesUntil(peer, "* carol has joined the chat");
@@ -8184,9 +8185,8 @@ describe("passwords in the page", () => {
     expect(await page.evaluate(`$("refusal").textContent`)).toContain("registered");
     await page.until(`document.activeElement.id === "password"`);
     await page.say("wrong");
-    await page.until(
-      `$("refusal").textContent.includes("not the password") || $("refusal").textContent.includes("wrong")`,
-    );
+    await page.until(`!$("enter").disabled`);
+    await page.has("refusal", askedFor("alice").slice(2));
     expect(await page.evaluate(`$("password").checkVisibility()`)).toBe(true);
     await page.fill("password", PASSWORD);
     await page.press("Enter");
@@ -8293,10 +8293,8 @@ describe("the page for everybody", () => {
     }
 
     expect(await page.evaluate(`$("people").checkVisibility()`)).toBe(false);
-    expect(await page.evaluate(`[$("crowd").ariaExpanded, $("crowd").textContent]`)).toEqual([
-      "false",
-      "2 people",
-    ]);
+    await page.has("crowd", "2 people");
+    expect(await page.evaluate(`$("crowd").ariaExpanded`)).toBe("false");
     await page.click("crowd");
     await page.until(`$("people").checkVisibility() && $("crowd").ariaExpanded === "true"`);
     expect(await page.isTooWide()).toBe(false);
@@ -8337,6 +8335,7 @@ describe("the page for everybody", () => {
     expect([...atTheDoor.keys()].toSorted()).toEqual(["enter", "name"]);
     expect([...atTheDoor.values()]).not.toContain(false);
     await page.enter("alice");
+    await page.lists("bob", "alice (you)");
     const inTheRoom = await goAround();
     expect([...inTheRoom.keys()].toSorted()).toEqual(
       ["a name", "bell", "leave", "log", "notify", "order", "send", "text"].toSorted(),
@@ -8374,13 +8373,15 @@ describe("the page for everybody", () => {
     await page.fill("name", "alice");
     await page.press("Enter");
     await page.until(`$("password").checkVisibility()`);
-    expect(await controls("textbox", "button", "alert")).toEqual([
-      "textbox: Your name",
-      "textbox: Its password",
-      "button: Enter the room",
+    const atTheDoor = await controls("textbox", "button", "alert");
+    expect(atTheDoor.toSorted()).toEqual([
       "alert: ",
+      "button: Enter the room",
+      "textbox: Its password",
+      "textbox: Your name",
     ]);
     await page.enter("carol");
+    await page.has("count", "2 people here");
     bob.send("one\ntwo\n");
     await page.sees("[bob] two");
     const controlsOfRoom = await controls(...all);
