@@ -15,7 +15,7 @@
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { cpus, release, tmpdir, type } from "node:os";
 import { parseArgs } from "node:util";
-import type { Socket, SocketHandler, Subprocess } from "bun";
+import type { ServerWebSocket, Socket, SocketHandler, Subprocess } from "bun";
 
 // --- The servers -------------------------------------------------------------------------------
 
@@ -30,6 +30,7 @@ type Contender = {
   echo?: boolean; // whether the one who said it hears it too
   aside?: string; // what comes besides, at most once in a run
   capacity?: number; // people
+  isWeb?: boolean; // whether one connects by WebSocket; a frame holds one or more whole lines
 };
 
 /**
@@ -61,9 +62,48 @@ async function naiveRoom(port: number): Promise<void> {
   server.listen(port, "127.0.0.1", 512);
 }
 
+/**
+ * The same room for WebSockets, as Bun's documentation shows it: Bun knows the subscribers, and
+ * sends them a frame per message. This refers to nothing outside itself, either.
+ */
+function publishingRoom(port: number): void {
+  const people = new Map<ServerWebSocket, string>();
+
+  function take(socket: ServerWebSocket, line: string): void {
+    const name = people.get(socket);
+    if (name !== undefined) {
+      socket.publish("room", `[${name}] ${line}\n`); // to all but the socket itself
+      return;
+    }
+    socket.send(`* The room contains: ${[...people.values()].join(", ")}\n`);
+    people.set(socket, line);
+    socket.subscribe("room");
+    socket.publish("room", `* ${line} has joined the chat\n`);
+  }
+
+  Bun.serve({
+    hostname: "127.0.0.1",
+    port,
+    fetch(request, server) {
+      if (server.upgrade(request)) return undefined;
+      return new Response("This is for WebSockets.\n", { status: 426 });
+    },
+    websocket: {
+      open(socket) {
+        socket.send("Welcome to bun-chat! What is your name?\n");
+      },
+      message(socket, lines) {
+        for (const line of lines.toString().trimEnd().split("\n")) take(socket, line);
+      },
+      close(socket) {
+        people.delete(socket);
+      },
+    },
+  });
+}
+
 const HOST = "127.0.0.1";
 const OURS = "bun-chat";
-const OURS_IN_A_FILE = "bun-chat --db";
 const FOLDER = mkdtempSync(`${tmpdir()}/bun-chat-bench-`); // for histories in files
 const BUDGET_CHAT = {
   join: "{name}\n",
@@ -74,8 +114,20 @@ const BUDGET_CHAT = {
 const CONTENDERS: Contender[] = [
   { name: OURS, command: "{bun} {server} --quiet --rate 0 --port {port}", ...BUDGET_CHAT },
   {
-    name: OURS_IN_A_FILE,
+    name: "bun-chat --db",
     command: "{bun} {server} --quiet --rate 0 --port {port} --db {history}",
+    ...BUDGET_CHAT,
+  },
+  {
+    name: "bun-chat, WebSocket",
+    command: "{bun} {server} --quiet --rate 0 --port 0 --web {port}",
+    isWeb: true,
+    ...BUDGET_CHAT,
+  },
+  {
+    name: "Bun.serve, publish",
+    command: "{bun} -e {publishing}",
+    isWeb: true,
     ...BUDGET_CHAT,
   },
   { name: "naive, Bun", command: "{bun} -e {naive}", ...BUDGET_CHAT },
@@ -115,13 +167,14 @@ function commandLine({ command }: Contender, port: number): string[] {
     ["{bun}", process.execPath],
     ["{server}", `${import.meta.dir}/server.ts`],
     ["{naive}", `(${naiveRoom})(${port})`],
+    ["{publishing}", `(${publishingRoom})(${port})`],
     ["{history}", `${FOLDER}/${port}.sqlite`],
   ]);
   const words = command.trim().split(/\s+/);
   return words.map((word) => values.get(word) ?? word.replace("{port}", `${port}`));
 }
 
-const isOurs = ({ name }: Contender) => name === OURS || name === OURS_IN_A_FILE;
+const isOurs = ({ command }: Contender) => command.includes("{server}");
 
 const isInstalled = (contender: Contender) =>
   Bun.which(commandLine(contender, 0)[0] ?? "") !== null;
@@ -132,8 +185,8 @@ const LINES_A_SECOND = 200; // of all people together, in an evening
 
 const USAGE = `Usage: bun chat.bench.ts [options]
 
-Measures the server beside this file against the naive room, whatever else is installed of Node,
-Redis, NATS and ncat, and the peers that you name.
+Measures the server beside this file, by TCP and by WebSocket, against the naive rooms for either,
+whatever else is installed of Node, Redis, NATS and ncat, and the peers that you name.
 
   conversation   some of the people speak, each its next line when its last has come through
   burst          the same with 50 lines of each speaker on their way
@@ -278,28 +331,35 @@ const HANDLERS: SocketHandler<Person> = {
   },
 };
 
+function connect(person: Person): Promise<Socket<Person>> {
+  const { contender, port } = person.room;
+  if (contender.isWeb) return connectWebSocket(person);
+  return Bun.connect({ hostname: HOST, port, data: person, socket: HANDLERS });
+}
+
 function send(socket: Socket<Person>, text: string): void {
   const { room } = socket.data;
-  if (socket.write(text) !== text.length && running.has(room)) fail(room, "it does not read");
+  const bytes = room.contender.isWeb ? encodeFrame(text) : text;
+  if (socket.write(bytes) !== bytes.length && running.has(room)) fail(room, "it does not read");
 }
 
 const NAME = "user00000"; // all names are as long
 
 async function join(room: Room, name: string): Promise<void> {
-  const { people, port, contender } = room;
-  const data = new Person(room);
+  const { people, contender } = room;
+  const person = new Person(room);
   let answer = "";
-  data.hear = (chunk) => {
+  person.hear = (chunk) => {
     answer += chunk;
     const joined = contender.joined.exec(answer)?.[0];
     if (joined === undefined) return;
-    data.hear = undefined;
-    data.bytes -= joined.length;
+    person.hear = undefined;
+    person.bytes -= joined.length;
     people.push(socket);
   };
-  const socket = await Bun.connect({ hostname: HOST, port, data, socket: HANDLERS });
+  const socket = await connect(person);
   send(socket, contender.join.replace("{name}", name));
-  data.hear?.(""); // there may be no answer to wait for
+  person.hear?.(""); // there may be no answer to wait for
 }
 
 /** Lets `count` people join, so many at a time. Returns when all had heard of all others. */
@@ -335,6 +395,108 @@ async function settle(room: Room, isComplete: () => boolean, patience = SCALE.pa
   await Bun.sleep(QUIET);
   if (!isComplete()) fail(room, "a line came twice");
   return end;
+}
+
+// --- WebSockets --------------------------------------------------------------------------------
+// The crowd makes and reads frames by itself (RFC 6455, section 5.2). Bun's `WebSocket` takes three
+// times as long to read one, and longer than a server takes to send it, which would make the crowd
+// the limit.
+
+const TEXT = 0x81; // a whole message of text
+const PING = 0x89;
+const MASKED = 0x80;
+const NO_MASK = [0, 0, 0, 0]; // a client has to mask what it sends; this leaves it as it is
+const PONG = Buffer.from([0x8a, MASKED, ...NO_MASK]); // without a payload, as Bun's pings are
+
+async function connectWebSocket(person: Person): Promise<Socket<Person>> {
+  const { port } = person.room;
+  const { promise: upgraded, resolve } = Promise.withResolvers<void>();
+  const reader = new FrameReader(resolve);
+  const handlers: SocketHandler<Person> = {
+    ...HANDLERS,
+    data(socket, chunk) {
+      reader.read(socket, chunk);
+    },
+  };
+  const socket = await Bun.connect({ hostname: HOST, port, data: person, socket: handlers });
+  const request = [
+    "GET /room HTTP/1.1",
+    `Host: ${HOST}:${port}`,
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    `Sec-WebSocket-Key: ${Buffer.alloc(16).toString("base64")}`,
+    "Sec-WebSocket-Version: 13",
+  ];
+  socket.write(`${request.join("\r\n")}\r\n\r\n`);
+  await upgraded;
+  return socket;
+}
+
+/** Makes a frame of some lines, which are ASCII and less than 64 KiB. */
+function encodeFrame(lines: string): Buffer {
+  const { length } = lines;
+  const size = length < 126 ? [MASKED | length] : [MASKED | 126, length >> 8, length & 0xff];
+  const header = Buffer.from([TEXT, ...size, ...NO_MASK]);
+  return Buffer.concat([header, Buffer.from(lines)]);
+}
+
+/** Reads what a server sends: the answer to the request first, and then frames. */
+class FrameReader {
+  private isUpgraded = false;
+  private rest: Buffer = Buffer.alloc(0); // the beginning of an answer or of a header
+  private payload = 0; // bytes of a frame that are still to come, without its header
+
+  constructor(private readonly handleUpgrade: () => void) {}
+
+  read(socket: Socket<Person>, chunk: Buffer): void {
+    const bytes = this.rest.length > 0 ? Buffer.concat([this.rest, chunk]) : chunk;
+    let place = this.isUpgraded ? 0 : this.readAnswer(socket.data.room, bytes);
+
+    while (this.isUpgraded && place < bytes.length) {
+      if (this.payload === 0) {
+        const size = headerSize(bytes, place);
+        if (place + size > bytes.length) break;
+        if (bytes[place] === PING) socket.write(PONG);
+        this.payload = payloadSize(bytes, place);
+        place += size;
+      }
+      const end = Math.min(place + this.payload, bytes.length);
+      this.payload -= end - place;
+      receive(socket.data, bytes, place, end);
+      place = end;
+    }
+    this.rest = bytes.subarray(place);
+  }
+
+  /** Returns where the answer ends, or 0 while it is not complete. */
+  private readAnswer(room: Room, bytes: Buffer): number {
+    const end = bytes.indexOf("\r\n\r\n");
+    if (end === -1) return 0;
+    if (!bytes.toString("latin1").startsWith("HTTP/1.1 101 ")) fail(room, "it opens no WebSocket");
+    this.isUpgraded = true;
+    this.handleUpgrade();
+    return end + 4;
+  }
+}
+
+/** Counts bytes, and makes text of them only for those who listen: that would cost far more. */
+function receive(person: Person, bytes: Buffer, start: number, end: number): void {
+  person.bytes += end - start;
+  person.hear?.(bytes.toString("latin1", start, end));
+}
+
+/** How long the header is that begins here, or 2 while that cannot be told. */
+function headerSize(bytes: Buffer, start: number): number {
+  const size = bytes[start + 1] ?? 0;
+  if (size < 126) return 2;
+  return size === 126 ? 4 : 10;
+}
+
+/** How long the payload behind the header is. It is less than 4 GiB. */
+function payloadSize(bytes: Buffer, start: number): number {
+  const size = bytes[start + 1] ?? 0;
+  if (size < 126) return size;
+  return size === 126 ? bytes.readUInt16BE(start + 2) : bytes.readUInt32BE(start + 6);
 }
 
 // --- What it costs -----------------------------------------------------------------------------

@@ -3256,19 +3256,7 @@ function openWeb(server: Server, port: number) {
         server.options.logError?.(describe(error));
         return refuseRequest(500, "Something went wrong.");
       },
-      websocket: {
-        maxPayloadLength: FRAME,
-        backpressureLimit: 0, // Bun would leave out lines without a word; our own limit is MAX_QUEUE
-        idleTimeout: NO_PONG,
-        open: (socket) => attend(server, socket, () => handleVisitor(server, socket)),
-        message: (socket, lines) => handleFrame(server, socket.data, lines),
-        ping: (socket) => attend(server, socket, () => handlePing(server, socket)),
-        drain({ data: { connection } }) {
-          if (connection) handleDrain(server, connection.data);
-        },
-        close: (socket, code) =>
-          attend(server, socket, () => handleGone(server, socket.data, code)),
-      },
+      websocket: createWebSocketHandler(server),
     });
 
   let listener: Bun.Server<Visitor>;
@@ -3294,6 +3282,21 @@ function openWeb(server: Server, port: number) {
       clearInterval(watch);
       void listener.stop(false);
     },
+  };
+}
+
+function createWebSocketHandler(server: Server): Bun.WebSocketHandler<Visitor> {
+  return {
+    maxPayloadLength: FRAME,
+    backpressureLimit: 0, // Bun would leave out lines without a word; our own limit is MAX_QUEUE
+    idleTimeout: NO_PONG,
+    open: (socket) => attend(server, socket, () => handleVisitor(server, socket)),
+    message: (socket, lines) => handleFrame(server, socket.data, lines),
+    ping: (socket) => attend(server, socket, () => handlePing(server, socket)),
+    drain({ data: { connection } }) {
+      if (connection) handleDrain(server, connection.data);
+    },
+    close: (socket, code) => attend(server, socket, () => handleGone(server, socket.data, code)),
   };
 }
 
