@@ -1306,6 +1306,12 @@ class Page {
     await this.until(`textsOf("${list}").includes(${JSON.stringify(text)})`);
   }
 
+  /** Loads the page anew, which leaves the room. */
+  async reload(): Promise<void> {
+    await this.view.reload();
+    await this.until(`document.activeElement.id === "name"`);
+  }
+
   /** Waits until an element has this text. */
   async has(id: string, text: string): Promise<void> {
     await this.until(`$("${id}").textContent === ${JSON.stringify(text)}`);
@@ -1394,6 +1400,7 @@ async function openPage(room: { webPort?: number | undefined }, size: Width = {}
   await page.view.navigate("about:blank"); // so that there is something to send commands to
   await page.view.cdp("Page.addScriptToEvaluateOnNewDocument", { source: IN_PAGE });
   await page.view.navigate(`http://127.0.0.1:${room.webPort}/`);
+  await page.until(`document.activeElement.id === "name"`);
   return page;
 }
 
@@ -7327,13 +7334,12 @@ describe("the door of the page", () => {
     const room = open({ web: 0 });
     const bob = await enter(room, "bob");
     const page = await openPage(room);
-    expect(await page.focus()).toBe("name");
     await page.enter("alice");
     await page.lists("bob", "alice (you)");
     expect(await page.focus()).toBe("text");
     expect(await bob.line()).toBe("* alice has joined the chat");
 
-    await page.view.reload();
+    await page.reload();
     expect(await bob.line()).toBe("* alice has left the chat");
     expect(await page.value("name")).toBe("alice");
     await page.press("Enter");
@@ -7677,7 +7683,7 @@ describe("the people in the page", () => {
     bob.socket.end();
     await page.lists("anna", "carol", "mary (you)");
 
-    await page.view.reload();
+    await page.reload();
     await page.press("Enter");
     await page.arrives("mary");
     await page.lists("anna", "carol", "mary (you)");
@@ -7693,9 +7699,9 @@ describe("the people in the page", () => {
     const names = await page.names();
     expect(names).toHaveLength(201);
     expect(names.at(-1)).toBe("and 800 more");
-    await page.view.type("user99");
+    await page.view.type("user998");
     await page.press("Tab"); // also those who are not in the list
-    expect(await page.value()).toMatch(/^user99\d: $/);
+    expect(await page.value()).toBe("user998: ");
   });
 
   testInBrowser("can be written to by a press on their names", async () => {
@@ -7890,11 +7896,11 @@ describe("scrolling in the page", () => {
     "leads back to the very first line, and what one looks at stays in its place",
     async () => {
       const start = Date.now() * 1000 - 3_600_000_000; // an hour ago
-      const lines = numbered(1500, "old");
+      const lines = numbered(1200, "old");
       const said = lines.map((line, number): Row => [start + number, `${line}\n`]);
       const room = open({ web: 0, db: writeHistory([[start - 1, ""], ...said]) });
       const page = await enterByPage(room, "alice");
-      await page.sees("[old] line 1499");
+      await page.sees("[old] line 1199");
       await page.run(`
       // Notes where the first row in sight stands, before and after others are put above it.
       globalThis.moves = [];
@@ -8006,7 +8012,7 @@ describe("the attention of the page", () => {
     expect(await pressed()).toBe("false");
     await page.lookAt(false);
     expect(await tonesAfter("alice 5")).toBe(2);
-    await page.view.reload();
+    await page.reload();
     expect(await pressed()).toBe("false");
   });
 
@@ -8186,7 +8192,7 @@ describe("passwords in the page", () => {
     await page.until(`document.activeElement.id === "password"`);
     await page.say("wrong");
     await page.until(`!$("enter").disabled`);
-    await page.has("refusal", askedFor("alice").slice(2));
+    await page.has("refusal", "This is not the password of alice.");
     expect(await page.evaluate(`$("password").checkVisibility()`)).toBe(true);
     await page.fill("password", PASSWORD);
     await page.press("Enter");
@@ -8199,7 +8205,7 @@ describe("passwords in the page", () => {
     await page.arrives("alice");
     expect(await traces(page)).not.toContain(PASSWORD);
 
-    await page.view.reload();
+    await page.reload();
     expect(await page.value("password")).toBe("");
     expect(await page.value("name")).toBe("alice");
   });
