@@ -7446,11 +7446,13 @@ describe("the conversation in the page", () => {
     mallory.send("\u001b[31mred\u0007 a\u202eb\u2066c\u200f\n");
     hebrew.send("שלום\n");
     await page.sees("[אבג] שלום");
-    const cleaned = [...lines.map((line) => line.replace(/\u0301{5,}/, "\u0301".repeat(4)))];
-    expect(await page.said()).toEqual([
-      ...[...cleaned, "[31mred abc"].map((line) => `[mallory] ${line}`),
-      "[אבג] שלום",
-    ]);
+    const cleaned = lines.map((line) => line.replace(/\u0301{5,}/, "\u0301".repeat(4)));
+    const said = [...cleaned, "[31mred abc"].map((line) => `[mallory] ${line}`);
+    expect(await page.said()).toEqual([...said, "[אבג] שלום"]);
+    const directions = await page.evaluate(`
+      [$("lines").lastElementChild, $("lines").lastElementChild.querySelector(".words")]
+        .map((element) => getComputedStyle(element).direction)`);
+    expect(directions).toEqual(["ltr", "rtl"]); // the text has its own, and the row keeps its
     expect(await page.evaluate("document.title")).toBe("bun-chat");
     expect(await page.evaluate("[document.images.length, document.links.length]")).toEqual([0, 0]);
     expect(await page.evaluate(`$("lines").querySelectorAll("script, svg, b").length`)).toBe(0);
@@ -7620,12 +7622,13 @@ describe("colours in the page", () => {
       const room = open({ web: 0 });
       const peers = await enterAll(room, ...TWELVE);
       const page = await enterByPage(room, "alice");
-      for (const peer of peers) peer.send("hello\nhi alice, https://x.example/\n/msg alice psst\n");
-      for (const name of TWELVE) await page.sees(`[${name}] to you only: psst`);
+      for (const line of ["hello", "hi alice, https://x.example/", "/msg alice psst"])
+        for (const peer of peers) {
+          peer.send(`${line}\n`); // one after the other, so that each name is seen
+          await peer.ping();
+        }
       for (const peer of peers) peer.socket.end();
-      await page.sees(
-        "p0, p1 and 10 others have left".replace("p0, p1", TWELVE.slice(0, 2).join(", ")),
-      );
+      await page.until(`textsOf("lines").at(-1).endsWith(" and 10 others have left")`);
 
       // With each of the colours for what is one's own.
       for (const name of TWELVE) {
@@ -7636,6 +7639,15 @@ describe("colours in the page", () => {
       await page.sees(`[${TWELVE.at(-1)}] to ${TWELVE.at(-1)} only: own`);
       await page.say("/msg nobody psst");
       await page.sees("Nobody here is called nobody.");
+      for (const kind of [
+        ".said:not(.own)",
+        ".mention",
+        ".private:not(.own)",
+        ".said.own",
+        ".private.own",
+      ])
+        await page.until(`
+          Array.from($("lines").querySelectorAll("${kind} .name")).filter(isSeen).length >= 12`);
 
       for (const isDark of [false, true]) {
         await page.setDark(isDark);
@@ -7846,13 +7858,6 @@ describe("writing in the page", () => {
 describe("scrolling in the page", () => {
   const rowCount = (page: Page) => page.evaluate<number>(`$("lines").childElementCount`);
 
-  /** Scrolls by the wheel, to the end or away from it. */
-  async function wheel(page: Page, pixels: number): Promise<void> {
-    const { x, y } = { x: 300, y: 300 };
-    const event = { type: "mouseWheel", x, y, deltaX: 0, deltaY: pixels };
-    await page.view.cdp("Input.dispatchMouseEvent", event);
-  }
-
   testInBrowser(
     "follows the end, unless one reads higher up, and then says what is new",
     async () => {
@@ -7863,16 +7868,16 @@ describe("scrolling in the page", () => {
       await page.sees("[bob] line 99");
       await page.until("isAtEnd()");
 
-      await wheel(page, -600);
+      await page.view.scroll(0, -600);
       await page.until("!isAtEnd()");
-      await page.until(`$("log").scrollTop === (globalThis.before ?? NaN) ||
-      (globalThis.before = $("log").scrollTop, false)`); // it stands still
-      const before = await page.evaluate<number>(`$("log").scrollTop`);
+      const place = `$("log").scrollTop`;
+      await page.until(`${place} === globalThis.before || ((globalThis.before = ${place}), false)`);
+      const before = await page.evaluate<number>(place); // it stands still
       bob.send("a\nb\nc\n");
       await page.until(
         `$("news").checkVisibility() && $("news").textContent.startsWith("3 new lines")`,
       );
-      expect(await page.evaluate<number>(`$("log").scrollTop`)).toBe(before);
+      expect(await page.evaluate<number>(place)).toBe(before);
       await page.click("news");
       await page.until(`isAtEnd() && !$("news").checkVisibility()`);
       expect(await page.focus()).toBe("text");
