@@ -1166,6 +1166,256 @@ async function linesUntil(follower: Peer, last: string): Promise<string[]> {
   return (await batchesUntil(follower, last)).flatMap(({ lines }) => lines);
 }
 
+// --- A browser
+
+const BROWSERS = [
+  "chromium",
+  "chromium-browser",
+  "google-chrome",
+  "google-chrome-stable",
+  "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+];
+
+const hasBrowser =
+  process.env["BUN_CHROME_PATH"] !== undefined || BROWSERS.some((program) => Bun.which(program));
+
+const PATIENCE = 8000; // ms that a test waits for something in the page
+
+/** A test in a browser. Without one it is skipped on somebody's machine, and fails in CI. */
+const testInBrowser = test.skipIf(!hasBrowser && !process.env["CI"]);
+
+// What the tests ask the page with, and what it must not do, told by its console.
+const IN_PAGE = `
+  const $ = (id) => document.getElementById(id);
+
+  const rowsOf = (list) => Array.from($(list).children, (row) => {
+    const textOf = (part) => row.querySelector(part)?.textContent ?? "";
+    const name = textOf(".name").replace(" (you)", "");
+    const words = textOf(".words") || row.textContent;
+    const text = name ? "[" + name + "] " + words : words;
+    return { kind: row.className.replace(/ ?again/, ""), name, words, text, time: textOf("time") };
+  });
+
+  const textsOf = (list) => rowsOf(list).map(({ text }) => text);
+
+  const namesShown = () => Array.from($("names").children, (row) => row.textContent);
+
+  const isAtEnd = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 2;
+
+  for (const type of ["error", "unhandledrejection", "securitypolicyviolation"])
+    addEventListener(type, (event) =>
+      console.error(type, event.message ?? String(event.reason ?? event.violatedDirective)));
+
+  /** The red, green and blue of a style's colour on what is below an element. */
+  const pixel = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  function colourOf(element, isText) {
+    const below = [];
+    for (let one = element; one; one = one.parentElement) below.unshift(getComputedStyle(one));
+    pixel.globalAlpha = 1;
+    for (const { backgroundColor } of below) {
+      pixel.fillStyle = backgroundColor;
+      pixel.fillRect(0, 0, 1, 1);
+    }
+    if (isText) {
+      pixel.globalAlpha = below.reduce((product, { opacity }) => product * opacity, 1);
+      pixel.fillStyle = getComputedStyle(element).color;
+      pixel.fillRect(0, 0, 1, 1);
+    }
+    return Array.from(pixel.getImageData(0, 0, 1, 1).data.slice(0, 3));
+  }
+
+  /** The contrast of a text with what it stands on (WCAG 2.2). */
+  function contrastOf(element) {
+    const [text, back] = [true, false].map((isText) => {
+      const [red, green, blue] = colourOf(element, isText).map((value) => {
+        const part = value / 255;
+        return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+      });
+      return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    });
+    return (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
+  }
+
+  const isSeen = (element) => element.clientHeight !== 1 &&
+    element.checkVisibility({ visibilityProperty: true, opacityProperty: true });
+
+  /** All that have words of their own and can be seen. */
+  function elementsWithText() {
+    return Array.from(document.body.querySelectorAll("*")).filter((element) =>
+      isSeen(element) &&
+      Array.from(element.childNodes).some((node) => node.nodeType === 3 && node.data.trim()));
+  }
+`;
+
+type ShownRow = { kind: string; name: string; words: string; text: string; time: string };
+type Width = { width?: number; height?: number };
+
+/** A tab of the browser. The keys that it gets are real ones. */
+class Page {
+  readonly problems: string[] = []; // what the page has complained of
+  readonly view: Bun.WebView;
+
+  constructor({ width = 1000, height = 700 }: Width) {
+    this.view = new Bun.WebView({
+      backend: { type: "chrome", url: false, argv: ["--no-sandbox"] },
+      width,
+      height,
+      console: (type, ...words) => {
+        if (type === "error" || type === "warn") this.problems.push(words.join(" "));
+      },
+    });
+  }
+
+  /** What an expression is in the page. */
+  async evaluate<T = unknown>(expression: string): Promise<T> {
+    return await this.view.evaluate<T>(expression);
+  }
+
+  /** Does something in the page that has no result. */
+  async run(statements: string): Promise<void> {
+    await this.view.evaluate(`(() => { ${statements} })()`);
+  }
+
+  /** Waits until an expression is true in the page. */
+  async until(expression: string): Promise<void> {
+    for (const deadline = Date.now() + PATIENCE; !(await this.evaluate(expression));) {
+      if (Date.now() > deadline) {
+        const shown = await this.evaluate<string>("document.body.innerText");
+        throw new Error(`no ${expression} in ${JSON.stringify(shown.slice(-2000))}`);
+      }
+      await Bun.sleep(10);
+    }
+  }
+
+  rows = (list = "lines") => this.evaluate<ShownRow[]>(`rowsOf("${list}")`);
+  texts = (list = "lines") => this.evaluate<string[]>(`textsOf("${list}")`);
+
+  /** What people said, as it stands in the log. */
+  said = async () => (await this.texts()).filter((text) => text.startsWith("["));
+
+  /** The names in the list of people. */
+  names = () => this.evaluate<string[]>("namesShown()");
+
+  /** Waits until the list of people is this. */
+  async lists(...names: string[]): Promise<void> {
+    await this.until(`namesShown().join() === ${JSON.stringify(names.join())}`);
+  }
+
+  /** Waits until there is a row with this text. */
+  async sees(text: string, list = "lines"): Promise<void> {
+    await this.until(`textsOf("${list}").includes(${JSON.stringify(text)})`);
+  }
+
+  /** Loads the page anew, which leaves the room. */
+  async reload(): Promise<void> {
+    await this.view.reload();
+    await this.until(`document.activeElement.id === "name"`);
+  }
+
+  /** Waits until an element has this text. */
+  async has(id: string, text: string): Promise<void> {
+    await this.until(`$("${id}").textContent === ${JSON.stringify(text)}`);
+  }
+
+  /** The id of the element that gets the keys. */
+  focus = () => this.evaluate<string>("document.activeElement.id");
+
+  /** What is in an input or in the box for writing. */
+  value = (id = "text") => this.evaluate<string>(`$("${id}").value`);
+
+  /** Replaces what is in an input, as somebody does who selects all of it. */
+  async fill(id: string, words: string): Promise<void> {
+    await this.run(`$("${id}").focus(); $("${id}").select()`);
+    await this.view.type(words);
+  }
+
+  /** Types a line into whatever has the focus, and sends it. */
+  async say(line: string): Promise<void> {
+    await this.view.type(line);
+    await this.view.press("Enter");
+  }
+
+  async press(...keys: string[]): Promise<void> {
+    for (const key of keys) await this.view.press(key);
+  }
+
+  click = (id: string) => this.view.click(`#${id}`);
+
+  /** Gives a name at the door, and waits for the room. */
+  async enter(name: string): Promise<void> {
+    await this.fill("name", name);
+    await this.press("Enter");
+    await this.arrives(name);
+  }
+
+  async arrives(name: string): Promise<void> {
+    await this.has("status", `You are ${name}`);
+  }
+
+  /** Makes the page believe that somebody looks at it, or not: a headless browser always does. */
+  async lookAt(isLookedAt: boolean): Promise<void> {
+    await this.run(`
+      Object.defineProperty(document, "hidden", { value: ${!isLookedAt}, configurable: true });
+      document.hasFocus = () => ${isLookedAt};
+      dispatchEvent(new Event("${isLookedAt ? "focus" : "blur"}"));
+      document.dispatchEvent(new Event("visibilitychange"))`);
+  }
+
+  /** Takes from the page all timers of half a second or more: it cannot come back by itself. */
+  async stopClock(): Promise<void> {
+    await this.run(`
+      const start = setTimeout;
+      globalThis.setTimeout = (work, ms, ...rest) => (ms < 500 ? start(work, ms, ...rest) : 0)`);
+  }
+
+  /** Tells the page that there is a network. */
+  async goOnline(): Promise<void> {
+    await this.run(`dispatchEvent(new Event("online"))`);
+  }
+
+  async setDark(isDark: boolean): Promise<void> {
+    const value = isDark ? "dark" : "light";
+    const features = [{ name: "prefers-color-scheme", value }];
+    await this.view.cdp("Emulation.setEmulatedMedia", { features });
+  }
+
+  /** Whether anything is wider than its place. */
+  isTooWide = () =>
+    this.evaluate<boolean>(`
+      [document.documentElement, ...document.querySelectorAll("#door, #room, #log, #people, #write")]
+        .some(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth)`);
+
+  /** The words that are hard to read, with their contrast. */
+  pale = () =>
+    this.evaluate<string[]>(`
+      elementsWithText().filter((element) => contrastOf(element) < 4.7)
+        .map((element) => contrastOf(element).toFixed(2) + " " + element.textContent)`);
+}
+
+/** Opens the page of a room in a tab of its own, and fails the test if the page complains. */
+async function openPage(room: { webPort?: number | undefined }, size: Width = {}): Promise<Page> {
+  const page = new Page(size);
+  cleanups.push(() => expect(page.problems).toEqual([]));
+  cleanups.push(() => page.view.close());
+  await page.view.navigate("about:blank"); // so that there is something to send commands to
+  await page.view.cdp("Page.addScriptToEvaluateOnNewDocument", { source: IN_PAGE });
+  await page.view.navigate(`http://127.0.0.1:${room.webPort}/`);
+  await page.until(`document.activeElement.id === "name"`);
+  return page;
+}
+
+/** Enters the room with a browser. */
+async function enterByPage(room: Server, name: string, size: Width = {}): Promise<Page> {
+  const page = await openPage(room, size);
+  await page.enter(name);
+  return page;
+}
+
+/** Cuts the connection of somebody. */
+function cutOff(room: Server, name: string): void {
+  room.clients.find((client) => client.name === name)?.socket.terminate();
+}
+
 // --- Registered names
 
 /** Sends a line. Resolves with all that comes then, up to the answer to /ping. */
@@ -7069,6 +7319,1101 @@ describe("the metrics", () => {
   ])("are for those with the token, if there is one: %s", async (_, headers, status) => {
     const { response } = await metricsOf(open({ web: 0, metricsToken: "s3cret" }).webPort, headers);
     expect(response.status).toBe(status);
+  });
+});
+
+// --- 19. The page in a browser -----------------------------------------------------------------
+// What only a browser can break. Each test has a tab of its own, all of them in one browser, which
+// starts with the first.
+
+if (!hasBrowser && !process.env["CI"])
+  console.warn("Tests of the page are skipped: there is no Chromium (apt install chromium).");
+
+describe("the door of the page", () => {
+  testInBrowser("lets in by a name, which it remembers, and says who is here", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await openPage(room);
+    await page.enter("alice");
+    await page.lists("bob", "alice (you)");
+    expect(await page.focus()).toBe("text");
+    expect(await bob.line()).toBe("* alice has joined the chat");
+
+    await page.reload();
+    expect(await bob.line()).toBe("* alice has left the chat");
+    expect(await page.value("name")).toBe("alice");
+    await page.press("Enter");
+    await page.arrives("alice");
+  });
+
+  testInBrowser("says why a name is refused, and takes another one", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await openPage(room);
+    for (const [name, refusal] of [
+      ["b o b", NAME_RULE],
+      ["b-o-b", NAME_RULE],
+      ["Bob", "* The name Bob is taken."],
+    ] as const) {
+      await page.fill("name", name);
+      await page.press("Enter");
+      await page.has("refusal", refusal.slice(2));
+      expect(await page.focus()).toBe("name");
+    }
+    expect(await page.evaluate(`$("refusal").role`)).toBe("alert");
+    expect(await page.evaluate(`$("room").checkVisibility()`)).toBe(false);
+    await page.fill("name", "alice");
+    await page.click("enter");
+    await page.arrives("alice");
+    expect(await bob.line()).toBe("* alice has joined the chat");
+  });
+
+  testInBrowser("says that there is no server, and tries once more when asked to", async () => {
+    const room = open({ web: 0 });
+    const page = await openPage(room);
+    await room.stop();
+    await page.fill("name", "alice");
+    await page.press("Enter");
+    await page.has("refusal", "The room cannot be reached.");
+    open({ web: room.webPort });
+    await page.press("Enter");
+    await page.arrives("alice");
+  });
+
+  testInBrowser(
+    "is where one comes after leaving, when all that was said has arrived",
+    async () => {
+      const room = open({ web: 0 });
+      const bob = await enter(room, "bob");
+      const page = await enterByPage(room, "alice");
+      await page.view.type(toText(numbered(30)).trimEnd());
+      await page.press("Enter");
+      await page.click("leave");
+      await page.until(`$("door").checkVisibility() && !$("room").checkVisibility()`);
+      const expected = ["* alice has joined the chat", ...numbered(30, "alice")];
+      expect(await bob.lines(32)).toEqual([...expected, "* alice has left the chat"]);
+      expect(await page.evaluate(`$("refusal").textContent`)).toBe("");
+
+      await page.enter("anna");
+      await page.lists("bob", "anna (you)");
+      await page.say("/quit");
+      await page.until(`$("door").checkVisibility()`);
+    },
+  );
+});
+
+describe("the conversation in the page", () => {
+  testInBrowser("is the same for a browser, a terminal and a bare socket", async () => {
+    const room = open({ web: 0 });
+    const [bob, dave] = await enterAll(room, "bob", "dave");
+    const page = await enterByPage(room, "alice");
+    const carol = inTerminal(client(room.port, "--name", "carol"));
+    await carol.out.until("You: ");
+    await dave.until("* carol has joined the chat");
+    for (const line of numbered(5)) {
+      bob.send(`${line}\n`);
+      carol.type(`${line}\r`);
+      await page.say(line);
+    }
+
+    const order = await dave.lines(15);
+    for (const name of ["alice", "bob", "carol"])
+      expect(order.filter((line) => line.startsWith(`[${name}]`))).toEqual(numbered(5, name));
+    await page.until(`rowsOf("lines").filter(({ name }) => name).length === 15`);
+    expect(await page.said()).toEqual(order);
+    const others = order.filter((line) => !line.startsWith("[carol]"));
+    await carol.out.until(others.at(-1) ?? "");
+    const lines = carol.picture().text.split("\n");
+    expect(lines.filter((line) => line.startsWith("["))).toEqual(others);
+  });
+
+  testInBrowser("shows what people say as it is, and does nothing of it", async () => {
+    const room = open({ web: 0 });
+    const [mallory, hebrew] = await enterAll(room, "mallory", "אבג");
+    const page = await enterByPage(room, "alice", { width: 390, height: 844 });
+    const lines = [
+      `<img src=x onerror="document.title = 'broken'">`,
+      "<script>document.title = 'broken'</script><b>bold</b> &lt; &amp; <!--",
+      `"><svg onload=alert(1)> javascript:document.title='broken' data:text/html,x ftp://x/`,
+      "a".repeat(4096),
+      "語".repeat(300),
+      "שלום (עולם) abc 123 !",
+      `z${"\u0301".repeat(40)}`,
+      "tab\there, two  blanks",
+      "\u{1f468}\u200d\u{1f469}\u200d\u{1f467}".repeat(40),
+    ];
+    mallory.send(toText(lines));
+    mallory.send("\u001b[31mred\u0007 a\u202eb\u2066c\u200f\n");
+    hebrew.send("שלום\n");
+    await page.sees("[אבג] שלום");
+    const cleaned = lines.map((line) => line.replace(/\u0301{5,}/, "\u0301".repeat(4)));
+    const said = [...cleaned, "[31mred abc"].map((line) => `[mallory] ${line}`);
+    expect(await page.said()).toEqual([...said, "[אבג] שלום"]);
+    const directions = await page.evaluate(`
+      [$("lines").lastElementChild, $("lines").lastElementChild.querySelector(".words")]
+        .map((element) => getComputedStyle(element).direction)`);
+    expect(directions).toEqual(["ltr", "rtl"]); // the text has its own, and the row keeps its
+    expect(await page.evaluate("document.title")).toBe("bun-chat");
+    expect(await page.evaluate("[document.images.length, document.links.length]")).toEqual([0, 0]);
+    expect(await page.evaluate(`$("lines").querySelectorAll("script, svg, b").length`)).toBe(0);
+    expect(await page.isTooWide()).toBe(false);
+  });
+
+  testInBrowser("makes links of web addresses, and of nothing else", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    // What is said, and the links in it.
+    const links: [string, string[]][] = [
+      ["see https://a.example/x?y=1&z=%20#end.", ["https://a.example/x?y=1&z=%20#end"]],
+      ["(http://b.example), HTTPS://C.example/!", ["http://b.example", "HTTPS://C.example/"]],
+      [`https://d.example"onclick=alert(1)`, ["https://d.example"]],
+      ["https://e.example<script>", ["https://e.example"]],
+      ["javascript:alert(1) data:text/html,x ftp://x.example file:///etc //x.example", []],
+      ["https:// http://: https://[", []],
+      [
+        "https://語.example/é, https://f.example:81/a_b/~c",
+        ["https://語.example/é", "https://f.example:81/a_b/~c"],
+      ],
+    ];
+    bob.send(toText(links.map(([line]) => line)));
+    for (const [line] of links) await page.sees(`[bob] ${line}`);
+    expect(
+      await page.evaluate(`Array.from($("lines").querySelectorAll("li:has(.name)"), (row) =>
+        Array.from(row.querySelectorAll("a"), (link) => link.textContent))`),
+    ).toEqual(links.map(([, texts]) => texts));
+    const all = await page.evaluate<{ target: string; rel: string; leads: boolean }[]>(`
+      Array.from(document.links, ({ target, rel, href, textContent }) =>
+        ({ target, rel, leads: href === new URL(textContent).href }))`);
+    for (const { target, rel, leads } of all) {
+      expect(target).toBe("_blank");
+      expect(rel.split(" ")).toEqual(expect.arrayContaining(["noopener", "noreferrer"]));
+      expect(leads).toBe(true);
+    }
+  });
+
+  testInBrowser("marks what is one's own, private, or meant for the reader", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    bob.send("hello\nmalice is not meant\nhi ALICE!\n/msg alice psst\n");
+    await page.sees("[bob] to you only: psst");
+    await page.say("yo");
+    await page.sees("[alice] yo");
+    await page.say("/msg bob shh");
+    await page.sees("[alice] to bob only: shh");
+    await page.say("/nick anna");
+    await page.arrives("anna");
+    bob.send("bye alice\nbye anna\n");
+    await page.sees("[bob] bye anna");
+    const rows = await page.rows();
+    expect(rows.filter(({ kind }) => kind !== "day").map(({ kind, text }) => [kind, text])).toEqual(
+      [
+        ["said", "[bob] hello"],
+        ["said", "[bob] malice is not meant"],
+        ["said mention", "[bob] hi ALICE!"],
+        ["private", "[bob] to you only: psst"],
+        ["said own", "[alice] yo"],
+        ["private own", "[alice] to bob only: shh"],
+        ["notice", "alice is now called anna"],
+        ["said", "[bob] bye alice"],
+        ["said mention", "[bob] bye anna"],
+      ],
+    );
+
+    // Not by colour alone: a mention has a bar beside it.
+    const shadowOf = (row: string) =>
+      page.evaluate(`getComputedStyle(document.querySelector("#lines ${row}")).boxShadow`);
+    expect(await shadowOf(".mention")).not.toBe(await shadowOf(".said:not(.mention)"));
+  });
+
+  testInBrowser("has the date between two days, and the time of each line", async () => {
+    const at = (day: number, hour: number, minute: number) =>
+      new Date(2026, 8, day, hour, minute).getTime() * 1000;
+    const file = writeHistory([
+      [at(1, 0, 0), ""],
+      [at(23, 13, 7), "[bob] early\n"],
+      [at(23, 23, 59), "[bob] late\n[carol] later\n"],
+      [at(24, 0, 1), "[bob] next day\n"],
+    ]);
+    const page = await openPage(open({ web: 0, db: file, keep: 0 }));
+    const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
+    await page.view.cdp("Emulation.setTimezoneOverride", { timezoneId: timeZone });
+    await page.enter("alice");
+    await page.sees("[bob] next day");
+    const rows = await page.rows();
+    expect(rows.slice(0, 6).map(({ kind, time, name }) => `${kind} ${time} ${name}`)).toEqual([
+      "day  ",
+      "said 13:07 bob",
+      "said 23:59 bob",
+      "said 23:59 carol",
+      "day  ",
+      "said 00:01 bob",
+    ]);
+    const days = rows.filter(({ kind }) => kind === "day").map(({ words }) => words);
+    expect(days[0]).toContain("September 23");
+    expect(days[1]).toContain("September 24");
+    expect(days).toHaveLength(2);
+  });
+
+  testInBrowser("folds arrivals and departures, but not what an operator did", async () => {
+    const room = open({ web: 0 });
+    const page = await enterByPage(room, "alice");
+    const [bob, ...others] = await enterAll(room, "bob", "carol", "dave", "erin");
+    await page.sees("bob, carol and 2 others have joined");
+    for (const peer of others.slice(0, 2)) peer.socket.end();
+    await bob.until(/^\* dave has left/);
+    room.command("/kick erin spam");
+    await page.sees("erin has left the chat (kicked by the server: spam)");
+    bob.socket.end();
+    await page.sees("bob has left the chat");
+    const notices = (await page.rows()).filter(({ kind }) => kind === "notice");
+    expect(notices.map(({ words }) => words)).toEqual([
+      "bob, carol and 2 others have joined",
+      "carol and dave have left",
+      "erin has left the chat (kicked by the server: spam)",
+      "bob has left the chat",
+    ]);
+    await page.lists("alice (you)");
+  });
+
+  testInBrowser("hides what an ignored person says, until told otherwise", async () => {
+    const room = open({ web: 0 });
+    const [bob, carol] = await enterAll(room, "bob", "carol");
+    const page = await enterByPage(room, "alice");
+    await page.say("/ignore BOB");
+    bob.send("one\n/msg alice two\n");
+    await bob.ping();
+    carol.send("three\n");
+    await page.sees("[carol] three");
+    await page.say("/ignore bob");
+    bob.send("four\n");
+    await page.sees("[bob] four");
+    expect(await page.said()).toEqual(["[carol] three", "[bob] four"]);
+  });
+});
+
+describe("colours in the page", () => {
+  /** A name for each colour of the client in a terminal, in the order of its list. */
+  const TWELVE = times(12, (colour) => {
+    const isOfColour = (name: string) => Bun.hash.crc32(name) % 12 === colour;
+    return called("p", 200).find(isOfColour) ?? "";
+  });
+
+  // The hues of 28, 30, 31, 62, 64, 97, 99, 130, 131, 133, 161 and 163 among the 256 colours.
+  const HUES = [120, 180, 194, 240, 78, 270, 255, 33, 0, 300, 334, 311];
+
+  function hueOf([red = 0, green = 0, blue = 0]: number[]): number {
+    const most = Math.max(red, green, blue);
+    const range = most - Math.min(red, green, blue);
+    if (most === red) return (60 * ((green - blue) / range) + 360) % 360;
+    return most === green ? 60 * ((blue - red) / range) + 120 : 60 * ((red - green) / range) + 240;
+  }
+
+  /** The number of the hue that is nearest. */
+  function nearest(hue: number): number {
+    const distances = HUES.map((other) => Math.abs(((hue - other + 540) % 360) - 180));
+    return distances.indexOf(Math.min(...distances));
+  }
+
+  testInBrowser(
+    "are those of the terminal for each name, and all words are easy to read",
+    async () => {
+      const room = open({ web: 0 });
+      const peers = await enterAll(room, ...TWELVE);
+      const page = await enterByPage(room, "alice");
+      for (const line of ["hello", "hi alice, https://x.example/", "/msg alice psst"])
+        for (const peer of peers) {
+          peer.send(`${line}\n`); // one after the other, so that each name is seen
+          await peer.ping();
+        }
+      for (const peer of peers) peer.socket.end();
+      await page.until(`textsOf("lines").at(-1).endsWith(" and 10 others have left")`);
+
+      // With each of the colours for what is one's own.
+      for (const name of TWELVE) {
+        await page.say(`/nick ${name}`);
+        await page.say("own");
+        await page.say(`/msg ${name} own`);
+      }
+      await page.sees(`[${TWELVE.at(-1)}] to ${TWELVE.at(-1)} only: own`);
+      await page.say("/msg nobody psst");
+      await page.sees("Nobody here is called nobody.");
+      for (const kind of [
+        ".said:not(.own)",
+        ".mention",
+        ".private:not(.own)",
+        ".said.own",
+        ".private.own",
+      ])
+        await page.until(`
+          Array.from($("lines").querySelectorAll("${kind} .name")).filter(isSeen).length >= 12`);
+
+      for (const isDark of [false, true]) {
+        await page.setDark(isDark);
+        const colours = await page.evaluate<Record<string, number[]>>(`
+        Object.fromEntries(Array.from(document.querySelectorAll("#lines .said:not(.own) .name"))
+          .filter(isSeen).map((name) => [name.textContent, colourOf(name, true)]))`);
+        const hues = TWELVE.map((name) => hueOf(colours[name] ?? []));
+        expect(hues.map(nearest)).toEqual(times(12, (colour) => colour));
+        expect(await page.pale()).toEqual([]);
+      }
+    },
+  );
+
+  testInBrowser("follow the system, at the door and in the room", async () => {
+    const room = open({ web: 0 });
+    const page = await openPage(room);
+    await page.setDark(true);
+    const dark = await page.evaluate<number[]>("colourOf(document.body)");
+    expect(Math.max(...dark)).toBeLessThan(80);
+    expect(await page.pale()).toEqual([]);
+    await page.fill("name", "!");
+    await page.press("Enter");
+    await page.has("refusal", NAME_RULE.slice(2));
+    expect(await page.pale()).toEqual([]);
+    await page.setDark(false);
+    expect(Math.min(...(await page.evaluate<number[]>("colourOf(document.body)")))).toBeGreaterThan(
+      220,
+    );
+    expect(await page.pale()).toEqual([]);
+  });
+});
+
+describe("the people in the page", () => {
+  testInBrowser("stand in the order of their coming or of their names", async () => {
+    const room = open({ web: 0 });
+    const [zoe, bob] = await enterAll(room, "zoe", "bob");
+    const page = await enterByPage(room, "mary");
+    await enter(room, "anna");
+    await page.lists("zoe", "bob", "mary (you)", "anna");
+    await page.has("count", "4 people here");
+
+    await page.click("order");
+    await page.lists("anna", "bob", "mary (you)", "zoe");
+    zoe.send("/nick carol\n");
+    bob.socket.end();
+    await page.lists("anna", "carol", "mary (you)");
+
+    await page.reload();
+    await page.press("Enter");
+    await page.arrives("mary");
+    await page.lists("anna", "carol", "mary (you)");
+    await page.click("order");
+    await page.lists("carol", "anna", "mary (you)");
+  });
+
+  testInBrowser("are counted where they are too many to list", async () => {
+    const room = open({ web: 0 });
+    await enterTogether(room, called("user", 999));
+    const page = await enterByPage(room, "alice");
+    await page.has("count", "1000 people here");
+    const names = await page.names();
+    expect(names).toHaveLength(201);
+    expect(names.at(-1)).toBe("and 800 more");
+    await page.view.type("user998");
+    await page.press("Tab"); // also those who are not in the list
+    expect(await page.value()).toBe("user998: ");
+  });
+
+  testInBrowser("can be written to by a press on their names", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await bob.line();
+    await page.view.click("#names button");
+    expect(await page.value()).toBe("/msg bob ");
+    expect(await page.focus()).toBe("text");
+    await page.say("psst");
+    expect(await bob.line()).toBe("[alice -> bob] psst");
+    await page.sees("[alice] to bob only: psst");
+    bob.send("hello\n");
+    await page.sees("[bob] hello");
+    await page.view.click("#lines .said:not(.own) .name");
+    expect(await page.value()).toBe("/msg bob ");
+  });
+});
+
+describe("writing in the page", () => {
+  testInBrowser(
+    "Tab completes names and commands, again the next one, and is no trap",
+    async () => {
+      const room = open({ web: 0 });
+      const [bella] = await enterAll(room, "bella", "bernd", "carol");
+      const page = await enterByPage(room, "alice");
+      bella.send("hello\n");
+      await page.sees("[bella] hello");
+
+      const completed = async (typed: string, ...keys: string[]) => {
+        await page.fill("text", typed);
+        await page.press(...(keys.length > 0 ? keys : ["Tab"]));
+        expect(await page.focus()).toBe("text");
+        return await page.value();
+      };
+      expect(await completed("be")).toBe("bella: ");
+      expect(await completed("BE", "Tab", "Tab")).toBe("bernd: ");
+      expect(await completed("be", "Tab", "Tab", "Tab")).toBe("be");
+      expect(await completed("hi @ca")).toBe("hi @carol ");
+      expect(await completed("/hi")).toBe("/history ");
+      expect(await completed("/msg ber")).toBe("/msg bernd ");
+      expect(await completed("xbe", "Home", "ArrowRight", "Delete", "Delete", "x")).toBe("xx");
+
+      for (const typed of ["", "nothing fits", "hello "]) {
+        await page.run(`$("text").value = ""`);
+        await page.fill("text", typed);
+        await page.press("Tab");
+        expect(await page.focus()).toBe("send");
+        await page.view.press("Tab", { modifiers: ["Shift"] });
+        expect(await page.focus()).toBe("text");
+        expect(await page.value()).toBe(typed);
+      }
+    },
+  );
+
+  testInBrowser("Up and Down bring back what was sent, and keep the draft", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await bob.line();
+    await page.say("one");
+    await page.say("/who");
+    await page.view.type("dra");
+    const values: string[] = [];
+    for (const key of ["ArrowUp", "ArrowUp", "ArrowUp", "ArrowDown", "ArrowDown", "ArrowDown"]) {
+      await page.press(key);
+      values.push(await page.value());
+    }
+    expect(values).toEqual(["/who", "one", "one", "/who", "dra", "dra"]);
+    await page.say("ft");
+    expect(await bob.lines(2)).toEqual(["[alice] one", "[alice] draft"]);
+    expect(await bob.ping()).toEqual([]);
+  });
+
+  testInBrowser("several lines are said as lines, and none of them is a command", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await bob.line();
+    await page.view.type("one");
+    await page.view.press("Enter", { modifiers: ["Shift"] });
+    await page.view.type("two");
+    expect(await page.value()).toBe("one\ntwo");
+    expect(await page.evaluate(`$("send").textContent`)).toBe("Send 2 lines");
+    await page.press("Enter");
+    expect(await bob.lines(2)).toEqual(["[alice] one", "[alice] two"]);
+    expect(await page.evaluate(`$("send").textContent`)).toBe("Send");
+
+    await page.view.type("/quit\n\n  indented\n//x\n/register secret\nlast\n");
+    expect(await page.evaluate(`$("send").textContent`)).toBe("Send 5 lines");
+    await page.click("send");
+    expect(await bob.lines(5)).toEqual(
+      ["/quit", "  indented", "//x", "/register secret", "last"].map((line) => `[alice] ${line}`),
+    );
+    await page.say("//one");
+    expect(await bob.line()).toBe("[alice] /one");
+    await page.sees("[alice] /one");
+  });
+
+  testInBrowser("what an input method composes is not sent before it is done", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await bob.line();
+    const compose = { text: "にほん", selectionStart: 3, selectionEnd: 3 };
+    await page.view.cdp("Input.imeSetComposition", compose);
+    const key = { type: "rawKeyDown", key: "Enter", code: "Enter" };
+    for (const windowsVirtualKeyCode of [13, 229])
+      await page.view.cdp("Input.dispatchKeyEvent", {
+        ...key,
+        windowsVirtualKeyCode,
+      });
+    await page.view.cdp("Input.insertText", { text: "日本" });
+    // Safari ends the composition before it tells of the key, which has this code.
+    await page.view.cdp("Input.dispatchKeyEvent", {
+      ...key,
+      windowsVirtualKeyCode: 229,
+    });
+    expect(await page.value()).toBe("日本");
+    expect(await bob.ping()).toEqual([]);
+    await page.press("Enter");
+    expect(await bob.line()).toBe("[alice] 日本");
+  });
+
+  testInBrowser("a line that is too long stays in the box, with a word about it", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await bob.line();
+    const long = "é".repeat(2048);
+    await page.say(`${long}x`);
+    await page.until(`textsOf("lines").some((text) => text.includes("4096"))`);
+    expect(await page.value()).toBe(`${long}x`);
+    await page.press("Backspace", "Enter");
+    expect(await bob.line()).toBe(`[alice] ${long}`);
+    await page.sees(`[alice] ${long}`);
+    expect(await page.value()).toBe("");
+  });
+});
+
+describe("scrolling in the page", () => {
+  const rowCount = (page: Page) => page.evaluate<number>(`$("lines").childElementCount`);
+
+  testInBrowser(
+    "follows the end, unless one reads higher up, and then says what is new",
+    async () => {
+      const room = open({ web: 0 });
+      const bob = await enter(room, "bob");
+      const page = await enterByPage(room, "alice");
+      bob.send(toText(numbered(100)));
+      await page.sees("[bob] line 99");
+      await page.until("isAtEnd()");
+
+      await page.view.scroll(0, -600);
+      await page.until("!isAtEnd()");
+      const place = `$("log").scrollTop`;
+      await page.until(`${place} === globalThis.before || ((globalThis.before = ${place}), false)`);
+      const before = await page.evaluate<number>(place); // it stands still
+      bob.send("a\nb\nc\n");
+      await page.until(
+        `$("news").checkVisibility() && $("news").textContent.startsWith("3 new lines")`,
+      );
+      expect(await page.evaluate<number>(place)).toBe(before);
+      await page.click("news");
+      await page.until(`isAtEnd() && !$("news").checkVisibility()`);
+      expect(await page.focus()).toBe("text");
+
+      await page.press("PageUp");
+      await page.until("!isAtEnd()");
+      bob.send("d\n");
+      await page.until(`$("news").textContent.startsWith("1 new line ")`);
+      await page.say("own"); // what one says oneself is seen
+      await page.sees("[alice] own");
+      await page.until(`isAtEnd() && !$("news").checkVisibility()`);
+
+      await page.view.type(toText(numbered(4)).trimEnd());
+      await page.until("isAtEnd()"); // though the box has grown
+      await page.view.resize(600, 400);
+      await page.until("innerHeight === 400 && isAtEnd()");
+    },
+  );
+
+  testInBrowser(
+    "leads back to the very first line, and what one looks at stays in its place",
+    async () => {
+      const start = Date.now() * 1000 - 3_600_000_000; // an hour ago
+      const lines = numbered(1200, "old");
+      const said = lines.map((line, number): Row => [start + number, `${line}\n`]);
+      const room = open({ web: 0, db: writeHistory([[start - 1, ""], ...said]) });
+      const page = await enterByPage(room, "alice");
+      await page.sees("[old] line 1199");
+      await page.run(`
+      // Notes where the first row in sight stands, before and after others are put above it.
+      globalThis.moves = [];
+      const topOf = (row) => row.getBoundingClientRect().top;
+      let sight = [];
+      const look = () => {
+        const edge = topOf($("log"));
+        const row = Array.from($("lines").children).find((one) => topOf(one) + one.offsetHeight > edge);
+        sight = [row, topOf(row)];
+      };
+      new MutationObserver(() => {
+        const [row, top] = sight;
+        if (row?.isConnected) moves.push(topOf(row) - top);
+        look();
+      }).observe($("lines"), { childList: true });
+      $("log").addEventListener("scroll", look);`);
+
+      for (;;) {
+        const [first] = await page.said();
+        if (first === "[old] line 0") break;
+        await page.run(`$("log").scrollTop = 300`);
+        await page.until(`textsOf("lines").find((text) => text[0] === "[") !== "${first}"`);
+        expect(await rowCount(page)).toBeLessThanOrEqual(1000);
+      }
+      const moves = await page.evaluate<number[]>("moves");
+      expect(moves.length).toBeGreaterThan(5);
+      expect(moves.filter((move) => Math.abs(move) > 2)).toEqual([]);
+      await page.run(`$("log").scrollTop = 0`);
+      await page.until(`rowsOf("lines").some(({ kind, words }) =>
+      kind === "notice" && words.includes("beginning"))`);
+      const above = await page.said();
+      expect(above).toEqual(lines.slice(0, above.length));
+
+      // And down again, to what is said now.
+      await enter(room, "bob").then((bob) => bob.send("hello\n"));
+      await page.until(`$("news").checkVisibility()`);
+      while (!(await page.texts()).includes("[bob] hello")) {
+        await page.run(`$("log").scrollTop = $("log").scrollHeight`);
+        await page.until(`$("log").scrollHeight - $("log").scrollTop - $("log").clientHeight > 50 ||
+        textsOf("lines").includes("[bob] hello")`);
+      }
+      const below = await page.said();
+      expect(below).toEqual([...lines.slice(1 - below.length), "[bob] hello"]);
+    },
+  );
+
+  testInBrowser(
+    "ten thousand lines at once are all there, and a thousand of them in the page",
+    async () => {
+      const room = open({ web: 0 });
+      const bob = await enter(room, "bob");
+      const page = await enterByPage(room, "alice");
+      bob.send(toText(numbered(10_000)));
+      await page.sees("[bob] line 9999");
+      await page.until("isAtEnd()");
+      expect(await rowCount(page)).toBeLessThanOrEqual(1000);
+      const said = await page.said();
+      expect(said).toEqual(numbered(10_000, "bob").slice(-said.length));
+      expect(said.length).toBeGreaterThan(900);
+    },
+  );
+});
+describe("the attention of the page", () => {
+  testInBrowser("the title counts what was not seen, and is calm again when it is", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    bob.send("seen\n");
+    await page.sees("[bob] seen");
+    expect(await page.evaluate("document.title")).toBe("bun-chat");
+    await page.lookAt(false);
+    bob.send("one\n");
+    await page.until(`document.title.startsWith("(1) ")`);
+    bob.send("two\n/nick robert\nhi alice\n");
+    await page.until(`document.title.startsWith("(3) robert ")`);
+    await page.lookAt(true);
+    await page.until(`document.title === "bun-chat"`);
+  });
+
+  testInBrowser("a tone rings for what is meant for the reader, who is elsewhere", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await page.run(`
+      globalThis.tones = 0;
+      const { start } = AudioScheduledSourceNode.prototype;
+      AudioScheduledSourceNode.prototype.start = function (...when) {
+        tones++;
+        return start.apply(this, when);
+      }`);
+    const tonesAfter = async (line: string) => {
+      bob.send(`${line}\n`);
+      await page.until(
+        `textsOf("lines").at(-1)?.endsWith(${JSON.stringify(line.split(" ").at(-1))})`,
+      );
+      return await page.evaluate<number>("tones");
+    };
+    await page.say("hi"); // a page may make no sound before somebody has done something in it
+    expect(await tonesAfter("alice 1")).toBe(0);
+    await page.lookAt(false);
+    expect(await tonesAfter("hello 2")).toBe(0);
+    expect(await tonesAfter("alice 3")).toBe(1);
+    expect(await tonesAfter("/msg alice 4")).toBe(2);
+    await page.lookAt(true);
+
+    const pressed = () => page.evaluate(`$("bell").ariaPressed`);
+    expect(await pressed()).toBe("true");
+    await page.click("bell");
+    expect(await pressed()).toBe("false");
+    await page.lookAt(false);
+    expect(await tonesAfter("alice 5")).toBe(2);
+    await page.reload();
+    expect(await pressed()).toBe("false");
+  });
+
+  testInBrowser("notifications come for that, if they were asked for and allowed", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await openPage(room);
+    await page.run(`
+      globalThis.notes = [];
+      globalThis.Notification = class {
+        static permission = "default";
+        static async requestPermission() {
+          return Notification.permission = notes.push("asked") > 1 ? "granted" : "denied";
+        }
+        constructor(title, { body }) {
+          notes.push(title + ": " + body);
+        }
+      }`);
+    await page.enter("alice");
+    const pressed = () => page.evaluate(`$("notify").ariaPressed`);
+    expect(await pressed()).toBe("false");
+    await page.click("notify");
+    await page.until("notes.length === 1");
+    expect(await pressed()).toBe("false");
+    await page.click("notify");
+    await page.until(`$("notify").ariaPressed === "true"`);
+
+    bob.send("alice, seen\n");
+    await page.sees("[bob] alice, seen");
+    await page.lookAt(false);
+    bob.send("hello\n/msg alice psst\n");
+    await page.until("notes.length === 3");
+    const notes = await page.evaluate<string[]>("notes");
+    expect(notes.slice(0, 2)).toEqual(["asked", "asked"]);
+    expect(notes[2]).toStartWith("bob");
+    expect(notes[2]).toEndWith(": psst");
+  });
+});
+
+describe("a page that has lost the connection", () => {
+  testInBrowser(
+    "shows what waits, keeps the draft, and comes back as soon as there is a network",
+    async () => {
+      const room = open({ web: 0 });
+      const bob = await enter(room, "bob");
+      const page = await enterByPage(room, "alice");
+      await page.say("one");
+      await page.sees("[alice] one");
+      await page.stopClock();
+      cutOff(room, "alice");
+      await page.until(`$("status").textContent.includes("Trying again in ")`);
+      bob.send("missed\n");
+      await page.say("two");
+      await page.sees("[alice] two", "waiting");
+      await page.view.type("/three\n/four");
+      await page.press("Enter");
+      await page.sees("[alice] /four", "waiting");
+      expect(await page.texts("waiting")).toEqual([
+        "[alice] two",
+        "[alice] /three",
+        "[alice] /four",
+      ]);
+      expect(await page.pale()).toEqual([]);
+      await page.view.type("draft");
+      await page.until(`!(dispatchEvent(new Event("beforeunload", { cancelable: true })))`); // it asks
+
+      await page.goOnline();
+      await page.arrives("alice");
+      await page.sees("[alice] /four");
+      await page.until(`$("waiting").childElementCount === 0`);
+      expect(await page.said()).toEqual([
+        "[alice] one",
+        "[bob] missed",
+        "[alice] two",
+        "[alice] /three",
+        "[alice] /four",
+      ]);
+      expect(await page.value()).toBe("draft");
+      await page.until(`dispatchEvent(new Event("beforeunload", { cancelable: true }))`);
+      const heard = (await bob.ping()).filter((line) => line.startsWith("["));
+      expect(heard).toEqual(["[alice] one", "[alice] two", "[alice] /three", "[alice] /four"]);
+    },
+  );
+
+  testInBrowser(
+    "misses nothing and doubles nothing, wherever it is cut, also by a new server",
+    async () => {
+      const file = newFile();
+      let room = open({ web: 0, db: file });
+      const { webPort } = room;
+      const proxy = cutter(() => webPort ?? NaN, randomNumbers(1));
+      const page = await openPage({ webPort: proxy.port });
+      await page.enter("alice");
+      await page.run("setInterval(() => dispatchEvent(new Event('online')), 20)");
+      proxy.state.isCalm = false;
+      let bob = await enter(room, "bob");
+      for (let number = 0; number < 60; number++) {
+        bob.send(`line ${number}\n`);
+        await page.say(`line ${number}`);
+        if (number !== 30) continue;
+        await bob.ping();
+        await room.stop();
+        room = open({ web: webPort, db: file });
+        bob = await enter(room, "bob");
+      }
+      await bob.ping();
+      proxy.state.isCalm = true;
+      await page.until(
+        `$("waiting").childElementCount === 0 && ${`
+      textsOf("lines").filter((text) => text[0] === "[").length >= 120`}`,
+      );
+      const said = await page.said();
+      for (const name of ["alice", "bob"])
+        expect(said.filter((line) => line.startsWith(`[${name}]`))).toEqual(numbered(60, name));
+      expect(proxy.state.cuts).toBeGreaterThan(1);
+
+      const { peer } = await follow(room, "carol");
+      const heard = await linesUntil(peer, "* carol has joined the chat");
+      expect(heard.filter((line) => line.startsWith("["))).toEqual(said);
+      expect(await page.texts()).not.toContain("Some lines are missing here.");
+    },
+  );
+
+  testInBrowser("comes back by itself when the server does", async () => {
+    const room = open({ web: 0, db: newFile() });
+    const page = await enterByPage(room, "alice");
+    await room.stop();
+    await page.sees("The server is shutting down");
+    await page.until(`$("status").textContent.includes("Trying again in ")`);
+    const again = open({ web: room.webPort });
+    await page.arrives("alice");
+    await page.sees("Some lines are missing here."); // it is another history
+    await page.say("hello");
+    await page.sees("[alice] hello");
+    expect(namesIn(again)).toEqual(["alice"]);
+  });
+
+  testInBrowser(
+    "is at the door when it was shown out, with the reason, and stays there",
+    async () => {
+      const room = open({ web: 0, db: newFile() });
+      const bob = await enter(room, "bob");
+      const page = await enterByPage(room, "alice");
+      await page.view.type("draft");
+      room.command("/kick alice spam");
+      await page.until(`$("door").checkVisibility()`);
+      expect(await page.evaluate(`$("refusal").textContent`)).toBe(
+        "You were kicked by the server: spam",
+      );
+      await page.goOnline();
+      await page.run("document.dispatchEvent(new Event('visibilitychange'))");
+      await page.fill("name", "anna");
+      await bob.until(/^\* alice has left/);
+      expect(await bob.ping()).toEqual([]);
+      expect(namesIn(room)).toEqual(["bob"]);
+      await page.press("Enter");
+      await page.arrives("anna");
+    },
+  );
+});
+
+describe("passwords in the page", () => {
+  /** All that the page remembers or shows. */
+  const traces = (page: Page) =>
+    page.evaluate<string>(`JSON.stringify([
+      { ...localStorage }, { ...sessionStorage }, document.cookie, document.body.textContent,
+      location.href])`);
+
+  testInBrowser("a registered name asks for its own, and comes back with it", async () => {
+    const room = open({ web: 0, db: withAlice() });
+    const page = await openPage(room);
+    expect(await page.evaluate(`$("password").checkVisibility()`)).toBe(false);
+    await page.fill("name", "alice");
+    await page.press("Enter");
+    await page.until(`$("password").checkVisibility()`);
+    expect(await page.evaluate(`$("refusal").textContent`)).toContain("registered");
+    await page.until(`document.activeElement.id === "password"`);
+    await page.say("wrong");
+    await page.until(`!$("enter").disabled`);
+    await page.has("refusal", "This is not the password of alice.");
+    expect(await page.evaluate(`$("password").checkVisibility()`)).toBe(true);
+    await page.fill("password", PASSWORD);
+    await page.press("Enter");
+    await page.arrives("alice");
+
+    await page.stopClock();
+    cutOff(room, "alice");
+    await page.until(`$("status").textContent.includes("Trying again in ")`);
+    await page.goOnline();
+    await page.arrives("alice");
+    expect(await traces(page)).not.toContain(PASSWORD);
+
+    await page.reload();
+    expect(await page.value("password")).toBe("");
+    expect(await page.value("name")).toBe("alice");
+  });
+
+  testInBrowser("are not asked for another name", async () => {
+    const room = open({ web: 0, db: withAlice() });
+    const page = await openPage(room);
+    await page.fill("name", "alice");
+    await page.press("Enter");
+    await page.until(`$("password").checkVisibility()`);
+    await page.say(PASSWORD.toUpperCase());
+    await page.until(`!$("enter").disabled`);
+    await page.fill("name", "bob");
+    await page.press("Enter");
+    await page.arrives("bob");
+  });
+
+  testInBrowser("a name gets one in a dialog, twice the same", async () => {
+    const room = open({ web: 0, db: newFile() });
+    const page = await enterByPage(room, "bob");
+    await page.say("/register");
+    await page.until(`$("secret").open`);
+    expect(await page.focus()).toBe("new-password");
+    await page.view.type("s3cr et!!");
+    await page.press("Tab");
+    expect(await page.focus()).toBe("again");
+    await page.say("something else");
+    await page.until(`$("secret").textContent.includes("different")`);
+    expect(await page.evaluate(`$("secret").open`)).toBe(true);
+    await page.fill("again", "s3cr et!!");
+    await page.press("Enter");
+    await page.sees(registered("bob").slice(2));
+    expect(await page.evaluate(`$("secret").open`)).toBe(false);
+    expect(await page.focus()).toBe("text");
+    await page.press("ArrowUp");
+    expect(await page.value()).not.toContain("s3cr");
+    expect(await traces(page)).not.toContain("s3cr");
+
+    await page.stopClock();
+    cutOff(room, "bob");
+    await page.until(`$("status").textContent.includes("Trying again in ")`);
+    expect(await refusalOf(room, "bob")).toEqual([askedFor("bob")]);
+    await page.goOnline();
+    await page.arrives("bob");
+  });
+
+  testInBrowser("typed behind a command are hidden, not shown and not brought back", async () => {
+    const room = open({ web: 0, db: newFile() });
+    const page = await enterByPage(room, "bob");
+    const security = () => page.evaluate(`getComputedStyle($("text")).webkitTextSecurity`);
+    await page.view.type("/register ");
+    await page.view.type("s3cret!!!");
+    expect(await security()).toBe("disc");
+    await page.press("Enter");
+    await page.sees(registered("bob").slice(2));
+    expect(await security()).toBe("none");
+    await page.press("ArrowUp");
+    expect(await page.value()).toBe("");
+    expect(await traces(page)).not.toContain("s3cret");
+  });
+
+  testInBrowser("that are no longer right lead to the door", async () => {
+    const room = open({ web: 0, db: withAlice() });
+    const page = await openPage(room);
+    await page.fill("name", "alice");
+    await page.press("Enter");
+    await page.until(`document.activeElement.id === "password"`);
+    await page.say(PASSWORD);
+    await page.arrives("alice");
+    const elsewhere = await enter(room, LOGIN);
+    await page.has("refusal", "You have come in from elsewhere.");
+    expect(await page.evaluate(`$("door").checkVisibility()`)).toBe(true);
+    await page.goOnline();
+    expect(await elsewhere.ping()).not.toContain("* alice has joined the chat");
+  });
+});
+
+describe("the page for everybody", () => {
+  testInBrowser("fits on a phone, where the people are behind a button", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "b".repeat(32));
+    const page = await openPage(room, { width: 390, height: 844 });
+    expect(await page.isTooWide()).toBe(false);
+    await page.enter("alice");
+    bob.send(`${"word ".repeat(100)}\n/msg alice ${"x".repeat(500)}\n`);
+    await page.until(`rowsOf("lines").some(({ kind }) => kind === "private")`);
+    expect(await page.isTooWide()).toBe(false);
+    for (const isDark of [false, true]) {
+      await page.setDark(isDark);
+      expect(await page.pale()).toEqual([]);
+    }
+
+    expect(await page.evaluate(`$("people").checkVisibility()`)).toBe(false);
+    await page.has("crowd", "2 people");
+    expect(await page.evaluate(`$("crowd").ariaExpanded`)).toBe("false");
+    await page.click("crowd");
+    await page.until(`$("people").checkVisibility() && $("crowd").ariaExpanded === "true"`);
+    expect(await page.isTooWide()).toBe(false);
+    await page.view.click("#names button");
+    await page.until(`!$("people").checkVisibility()`);
+    expect(await page.value()).toBe(`/msg ${"b".repeat(32)} `);
+
+    // Nothing is too small for a finger, or leaves the screen when the keyboard comes.
+    await page.view.resize(390, 400);
+    await page.until("innerHeight === 400");
+    const bottom = await page.evaluate<number>(`$("send").getBoundingClientRect().bottom`);
+    expect(bottom).toBeLessThanOrEqual(400);
+  });
+
+  testInBrowser("can be used by keyboard alone, and shows where the focus is", async () => {
+    const room = open({ web: 0 });
+    await enter(room, "bob");
+    const page = await openPage(room);
+
+    /** Goes once around by Tab. Resolves with the ids and whether each had a mark of the focus. */
+    async function goAround() {
+      const seen = new Map<string, boolean>();
+      await page.run("document.activeElement.blur()");
+      for (let stop = 0; stop < 30; stop++) {
+        await page.press("Tab");
+        const [id, isMarked] = await page.evaluate<[string, boolean]>(`(() => {
+          const element = document.activeElement;
+          const { outlineStyle, outlineWidth } = getComputedStyle(element);
+          const id = element.id || (element.closest("#names") ? "a name" : element.tagName);
+          return [id, element.matches(":focus-visible") && outlineStyle !== "none" && parseFloat(outlineWidth) >= 1];
+        })()`);
+        if (seen.has(id)) break;
+        if (id !== "BODY") seen.set(id, isMarked);
+      }
+      return seen;
+    }
+    const atTheDoor = await goAround();
+    expect([...atTheDoor.keys()].toSorted()).toEqual(["enter", "name"]);
+    expect([...atTheDoor.values()]).not.toContain(false);
+    await page.enter("alice");
+    await page.lists("bob", "alice (you)");
+    const inTheRoom = await goAround();
+    expect([...inTheRoom.keys()].toSorted()).toEqual(
+      ["a name", "bell", "leave", "log", "notify", "order", "send", "text"].toSorted(),
+    );
+    expect([...inTheRoom.values()]).not.toContain(false);
+  });
+
+  testInBrowser("has names for a screen reader, and a log that it reads out", async () => {
+    const room = open({ web: 0, db: withAlice() });
+    const bob = await enter(room, "bob");
+    const page = await openPage(room);
+
+    type Node = { role?: { value: string }; name?: { value: string }; ignored: boolean };
+    /** What can be used, with its names. */
+    async function controls(...roles: string[]) {
+      const { nodes } = await page.view.cdp<{ nodes: Node[] }>("Accessibility.getFullAXTree");
+      return nodes
+        .filter(({ role, ignored }) => !ignored && role && roles.includes(role.value))
+        .map(({ role, name }) => `${role?.value}: ${name?.value ?? ""}`);
+    }
+    const all = [
+      "textbox",
+      "button",
+      "checkbox",
+      "link",
+      "log",
+      "list",
+      "complementary",
+      "dialog",
+      "alert",
+      "status",
+    ];
+
+    expect(await page.evaluate("document.documentElement.lang")).toBe("en");
+    await page.fill("name", "alice");
+    await page.press("Enter");
+    await page.until(`$("password").checkVisibility()`);
+    const atTheDoor = await controls("textbox", "button", "alert");
+    expect(atTheDoor.toSorted()).toEqual([
+      "alert: ",
+      "button: Enter the room",
+      "textbox: Its password",
+      "textbox: Your name",
+    ]);
+    await page.enter("carol");
+    await page.has("count", "2 people here");
+    bob.send("one\ntwo\n");
+    await page.sees("[bob] two");
+    const controlsOfRoom = await controls(...all);
+    expect(
+      controlsOfRoom.filter((control) => /^(?!alert|status|list)\w+: $/.test(control)),
+    ).toEqual([]);
+    expect(controlsOfRoom).toEqual(
+      expect.arrayContaining(["log: Messages", "textbox: Message", "button: Send"]),
+    );
+    expect(
+      await page.evaluate(`[$("log").role, $("status").role, $("lines").parentElement.role]`),
+    ).toEqual(["log", "status", "log"]);
+    const rows = await page.rows();
+    expect(rows.filter(({ name }) => name === "bob")).toHaveLength(2); // though it is seen once only
+    await page.say("/register");
+    await page.until(`$("secret").open`);
+    const inDialog = await controls("textbox", "dialog", "button");
+    expect(inDialog).toEqual(
+      expect.arrayContaining(["textbox: New password", "textbox: Once more"]),
+    );
+    expect(inDialog.filter((control) => control.endsWith(": "))).toEqual([]);
   });
 });
 
