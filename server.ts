@@ -5,8 +5,9 @@
  *     bun server.ts             opens a room on 127.0.0.1:5555
  *     bun client.ts             enters it, in another terminal
  *     nc 127.0.0.1 5555         enters it from a machine without Bun
+ *     bun server.ts --web 8080  opens it to browsers, too, at http://127.0.0.1:8080/
  *
- * The protocol is lines of UTF-8 over TCP (Budget Chat, https://protohackers.com/problem/3): first
+ * The protocol is lines of UTF-8 over TCP or a WebSocket (Budget Chat, https://protohackers.com/problem/3): first
  * a name, then messages, or commands if they begin with "/". Lines of the server begin with "* ".
  *
  * Two ideas carry the rest:
@@ -147,15 +148,17 @@ const IDLE_TURNS = 8; // without news from any socket, after which a batch leave
 const CLIENTS_PER_TURN = 256; // that leave, or get what has waited, in one turn
 
 // Browsers.
-const FRAME = 16 * KIB; // bytes of lines in one frame of a WebSocket, in both directions
+const MAX_FRAME = 16 * KIB; // bytes of lines in one frame of a WebSocket, in both directions
 const MAX_PONGS = 64 * KIB; // bytes of answers to pings that may wait for their reader
 const PINGS_PER_UNIT = 16;
 const HTTP_DEADLINE = 10; // s of silence, between requests and in them
 const NO_PONG = 60; // s without a sign of life from a browser
-const MAX_DECODED = 64; // frames of a batch whose text is kept while it is sent
-const CHECK_DESCRIPTORS = 100; // ms between two looks at whether they run short
+const MAX_CUTS = 64; // frames cut from a batch that are kept while it is sent
 
+// Descriptors.
+const CHECK_DESCRIPTORS = 100; // ms between two looks at whether they run short
 const SPARE_SOCKETS = 64; // descriptors kept free for files and for connections that are being refused
+const LAST_SOCKETS = SPARE_SOCKETS / 2; // with which the next ones are not told why, and idle ones end
 
 // --- State -------------------------------------------------------------------------------------
 
@@ -165,14 +168,14 @@ export type ServerOptions = {
   port: number; // 0 takes any free one
   rate: number; // short lines a second that one client may send; 0 for no limit at all
   maxClients: number; // connections at a time
-  maxPerAddress?: number | undefined; // and from one address; 64, or no limit on loopback
+  maxPerAddress?: number | undefined; // and from one address; 64, or no limit for this machine only
   tls?: Bun.TLSOptions | false; // certificate and key; without them the room is not encrypted
   db?: string | undefined; // file of the history and the accounts; without it, a history in memory
   keep: number; // days until what was said is forgotten; 0 for never
   operators: readonly string[]; // registered names whose owners may show people out
   web?: number | undefined; // a port for browsers; 0 takes any free one
   webOrigin?: string | undefined; // what browsers call it behind a proxy: https://chat.example.org
-  metricsToken?: string | undefined; // with it /metrics can be read from other machines, too
+  metricsToken?: string | undefined; // with which alone /metrics can be read, from anywhere
   log?: ((event: string) => void) | undefined; // hears of arrivals, messages and departures
   logError?: (problem: string) => void; // hears what went wrong; the chat goes on
 };
@@ -390,12 +393,13 @@ const NOTHING = Buffer.alloc(0);
 /**
  * Opens a room, which stays open until `stop()` of the returned handle is called.
  * @throws what Bun.listen throws: with a code such as EADDRINUSE, without one for an unknown host;
- *   and what `openHistory` throws
+ *   and what `openHistory` and `openWeb` throw
  */
 export function startServer(options: Partial<ServerOptions> = {}) {
   const settings: ServerOptions = { ...DEFAULTS, ...options };
   const { host: hostname, port, maxClients, tls = false } = settings;
-  if (!isLoopback(hostname)) settings.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
+  const isOpenToOthers = !isLoopback(hostname) || settings.webOrigin !== undefined;
+  if (isOpenToOthers) settings.maxPerAddress ??= DEFAULT_MAX_PER_ADDRESS;
   // Without descriptors a process can do nothing, not even refuse.
   const spare = settings.web === undefined ? SPARE_SOCKETS : 2 * SPARE_SOCKETS;
   settings.maxClients = Math.min(maxClients, Math.max(1, openFilesLimit() - spare));
@@ -468,8 +472,10 @@ export function startServer(options: Partial<ServerOptions> = {}) {
 
     /** Delivers what was said, tells everybody, and closes. Resolves within three seconds. */
     stop() {
-      web?.stop();
-      stopped ??= stop(server, listener, sweeper);
+      if (!stopped) {
+        web?.stop();
+        stopped = stop(server, listener, sweeper);
+      }
       return stopped;
     },
   };
@@ -815,7 +821,7 @@ export function handleClient(
 
   givePlace(server, client);
   // The refused use descriptors, too. When they are many, the next ones are not told why.
-  if (client.refusal && server.refusedCount > SPARE_SOCKETS / 2) cutOff(server, client);
+  if (client.refusal && server.refusedCount > LAST_SOCKETS) cutOff(server, client);
   else if (!client.refusal && !takeArrival(server, client)) waitForArrival(client);
   else if (!awaitsHandshake) greetOrRefuse(server, client);
 }
@@ -1088,12 +1094,16 @@ function handleError(server: Server, socket: { terminate(): void }, error: unkno
   socket.terminate();
 }
 
-/** Does work outside of the handlers of a socket. An exception disconnects this client only. */
-function serve(server: Server, client: Client, work: () => void): void {
+/** Does work for a connection. An exception ends this one only. */
+function serve(
+  server: Server,
+  { socket }: { socket: { terminate(): void } },
+  work: () => void,
+): void {
   try {
     work();
   } catch (error) {
-    handleError(server, client.socket, error);
+    handleError(server, socket, error);
   }
 }
 
@@ -3287,16 +3297,17 @@ function openWeb(server: Server, port: number) {
 
 function createWebSocketHandler(server: Server): Bun.WebSocketHandler<Visitor> {
   return {
-    maxPayloadLength: FRAME,
+    maxPayloadLength: MAX_FRAME,
     backpressureLimit: 0, // Bun would leave out lines without a word; our own limit is MAX_QUEUE
     idleTimeout: NO_PONG,
-    open: (socket) => attend(server, socket, () => handleVisitor(server, socket)),
+    open: (socket) => serve(server, { socket }, () => handleWebOpen(server, socket)),
     message: (socket, lines) => handleFrame(server, socket.data, lines),
-    ping: (socket) => attend(server, socket, () => handlePing(server, socket)),
+    ping: (socket) => serve(server, { socket }, () => handlePing(server, socket)),
     drain({ data: { connection } }) {
       if (connection) handleDrain(server, connection.data);
     },
-    close: (socket, code) => attend(server, socket, () => handleGone(server, socket.data, code)),
+    close: (socket, code) =>
+      serve(server, { socket }, () => handleWebClose(server, socket.data, code)),
   };
 }
 
@@ -3383,9 +3394,9 @@ function isOurOrigin({ options }: Server, { headers }: Request): boolean {
   const origin = headers.get("origin");
   const host = headers.get("host") ?? "";
   if (origin === null || origin === options.webOrigin) return true;
-  return (
-    origin === `${options.tls ? "https" : "http"}://${host}` && host !== hostOf(options.webOrigin)
-  );
+
+  const isNamed = host === hostOf(options.webOrigin); // which then counts with its own scheme only
+  return !isNamed && origin === `${options.tls ? "https" : "http"}://${host}`;
 }
 
 function upgrade(server: Server, request: Request, listener: Bun.Server<Visitor>): boolean {
@@ -3421,16 +3432,7 @@ function isOwnAddress(host: string): boolean {
   return interfaces.some(({ address }) => address === host);
 }
 
-/** Does work for a browser. An exception disconnects this one only. */
-function attend(server: Server, socket: Bun.ServerWebSocket<Visitor>, work: () => void): void {
-  try {
-    work();
-  } catch (error) {
-    handleError(server, socket.data.connection ?? socket, error);
-  }
-}
-
-function handleVisitor(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
+function handleWebOpen(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
   const connection = new WebConnection(server, socket);
   socket.data.connection = connection;
   handleClient(server, connection, socket.data.peer);
@@ -3440,7 +3442,7 @@ function handleVisitor(server: Server, socket: Bun.ServerWebSocket<Visitor>): vo
 function handleFrame(server: Server, visitor: Visitor, lines: string | Buffer): void {
   server.inputs++;
   if (visitor.received === "") setImmediate(takeFrames, server, visitor);
-  visitor.received += lines;
+  visitor.received += lines.toString(); // a binary frame is taken for text
   if (!visitor.received.endsWith("\n")) visitor.received += "\n"; // the end of a frame ends a line
 }
 
@@ -3452,7 +3454,7 @@ function takeFrames(server: Server, visitor: Visitor): void {
   serve(server, client, () => handleData(server, client, Buffer.from(received)));
 }
 
-/** Bun answers pings by itself. They cost something, and nobody needs to let the answers pile up. */
+/** Bun answers pings by itself. They are charged for, and who does not read the answers is cut off. */
 function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
   if (socket.getBufferedAmount() > MAX_PONGS) {
     socket.terminate();
@@ -3467,7 +3469,7 @@ function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void 
 }
 
 /** The browser has closed in good order, or it is gone. */
-function handleGone(server: Server, visitor: Visitor, code: number): void {
+function handleWebClose(server: Server, visitor: Visitor, code: number): void {
   const { connection } = visitor;
   if (!connection) return;
   const isInGoodOrder = code !== ABNORMAL_CLOSURE;
@@ -3503,7 +3505,7 @@ class WebConnection implements Connection {
     let taken = start;
     // Bun keeps what the kernel does not take. Nothing follows before that has left.
     while (taken < end && this.socket.getBufferedAmount() === 0) {
-      const frame = decodeFrame(bytes, taken, end);
+      const frame = cutFrame(bytes, taken, end);
       if (this.socket.sendText(frame.text) === 0) return -1;
       taken = frame.end;
     }
@@ -3541,24 +3543,24 @@ class WebConnection implements Connection {
   }
 }
 
-/** Some lines as the text of a frame, and where they end. `limit` is where they had to. */
-type Frame = { text: string; end: number; limit: number };
+/** A frame: its text, and where in the bytes it ends. `limit` is where it had to. */
+type Cut = { text: string; end: number; limit: number };
 
-// The frames of the bytes that were sent last. A flush sends the same ones to everybody.
-let decoded: { bytes: Buffer; frames: Map<number, Frame> } = { bytes: NOTHING, frames: new Map() };
+// The frames that were cut from the bytes sent last, by their start. A flush sends all the same ones.
+let lastCuts: { bytes: Buffer; cuts: Map<number, Cut> } = { bytes: NOTHING, cuts: new Map() };
 
-/** Takes whole lines for a frame, or a part of one that is too long for it. */
-function decodeFrame(bytes: Buffer, start: number, end: number): Frame {
-  const limit = Math.min(start + FRAME, end);
-  if (bytes !== decoded.bytes) decoded = { bytes, frames: new Map() };
-  const known = decoded.frames.get(start);
+/** Cuts a frame from some bytes: whole lines, or a part of one that is too long. */
+function cutFrame(bytes: Buffer, start: number, end: number): Cut {
+  const limit = Math.min(start + MAX_FRAME, end);
+  if (bytes !== lastCuts.bytes) lastCuts = { bytes, cuts: new Map() };
+  const known = lastCuts.cuts.get(start);
   if (known?.limit === limit) return known;
 
-  const cut = limit === end ? end : findCut(bytes, start, limit);
-  const frame = { text: bytes.toString("utf8", start, cut), end: cut, limit };
+  const place = limit === end ? end : findCut(bytes, start, limit);
+  const cut = { text: bytes.toString("utf8", start, place), end: place, limit };
   const isSteady = bytes !== scratch; // which has something else in it the next time
-  if (isSteady && decoded.frames.size < MAX_DECODED) decoded.frames.set(start, frame);
-  return frame;
+  if (isSteady && lastCuts.cuts.size < MAX_CUTS) lastCuts.cuts.set(start, cut);
+  return cut;
 }
 
 /** Where to cut: behind the last newline, or else between two characters. */
@@ -3576,13 +3578,13 @@ function findCut(bytes: Buffer, start: number, limit: number): number {
  * Then those that are not in the room are ended, so that others get in.
  */
 function endIdleVisitors(server: Server, port: number, limit: number): void {
-  if (lowestFreeDescriptor() < limit - SPARE_SOCKETS / 2) return;
+  if (limit === Infinity || lowestFreeDescriptor() < limit - LAST_SOCKETS) return;
 
   const kept = new Set<number>();
   for (const { socket } of server.connections.values()) {
     if (socket instanceof WebConnection) kept.add(socket.port);
   }
-  endConnections(port, kept);
+  endConnections(port, kept, limit);
 }
 
 /** The next descriptor that this process would get; all below it are in use. Infinity: none is left. */
@@ -3591,8 +3593,9 @@ function lowestFreeDescriptor(): number {
     const fd = openSync("/dev/null", "r");
     closeSync(fd);
     return fd;
-  } catch {
-    return Infinity;
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    return code === "EMFILE" || code === "ENFILE" ? Infinity : 0; // 0: it cannot be told
   }
 }
 
@@ -3633,18 +3636,18 @@ class Histogram {
     let total = 0;
     const buckets = this.counts.map((count, place): Sample => {
       total += count;
-      return { name: `_bucket{le="${this.bounds[place] ?? "+Inf"}"}`, value: total };
+      return { suffix: `_bucket{le="${this.bounds[place] ?? "+Inf"}"}`, value: total };
     });
-    return [...buckets, { name: "_sum", value: this.sum }, { name: "_count", value: total }];
+    return [...buckets, { suffix: "_sum", value: this.sum }, { suffix: "_count", value: total }];
   }
 }
 
-type Metric = [name: string, type: string, help: string, samples: Sample[]];
+type Metric = { name: string; type: string; help: string; samples: Sample[] };
 
 /** A value, and what follows the name of its metric. */
-type Sample = { name: string; value: number };
+type Sample = { suffix: string; value: number };
 
-// Why connections are refused, by what the log says.
+// Why connections are refused, by what the log says: the first that fits. Another text needs a row.
 const REFUSALS = [
   { reason: "full", sign: /server is full/ },
   { reason: "address", sign: /connections from your address/ },
@@ -3682,40 +3685,46 @@ function hasToken(request: Request, token: string): boolean {
 }
 
 function describeMetrics(server: Server): string {
-  const { counts, clients, connections } = server;
-  const heldBack = Array.from(connections.values()).filter((client) => client.heldBack);
-  const refusals = Array.from(counts.refusals, ([reason, value]) => {
-    return { name: `{reason="${reason}"}`, value };
+  const { counts, clients, connections, memoryUsed } = server;
+  const heldBack = Array.from(connections.values()).filter((client) => client.heldBack).length;
+  const refusals = Array.from(counts.refusals, ([reason, value]): Sample => {
+    return { suffix: `{reason="${reason}"}`, value };
   });
-  const one = (value: number): Sample[] => [{ name: "", value }];
 
-  const metrics: Metric[] = [
-    ["people", "gauge", "People in the room.", one(clients.length)],
-    ["connections", "gauge", "Connections, in the room or not.", one(connections.size)],
-    ["held_back_senders", "gauge", "Connections that wait to be read.", one(heldBack.length)],
-    ["queued_bytes", "gauge", "Memory for what waits to be read.", one(server.memoryUsed)],
-    ["lines_in_total", "counter", "Lines that people have sent.", one(counts.linesIn)],
-    [
-      "lines_out_total",
-      "counter",
-      "Lines for people, once for each of them.",
-      one(counts.linesOut),
-    ],
-    ["bytes_in_total", "counter", "Bytes that people have sent.", one(counts.bytesIn)],
-    ["bytes_out_total", "counter", "Bytes handed to the kernel.", one(counts.bytesOut)],
-    ["refusals_total", "counter", "Connections that were refused.", refusals],
-    ["slow_readers_total", "counter", "Disconnected as too slow.", one(counts.slow)],
-    ["database_errors_total", "counter", "Troubles with the history.", one(counts.databaseErrors)],
-    ["flush_seconds", "histogram", "Time that a flush takes.", counts.flushTimes.samples()],
-    ["flush_lines", "histogram", "Lines that leave together.", counts.flushedLines.samples()],
+  const metrics = [
+    createGauge("people", "People in the room.", clients.length),
+    createGauge("connections", "Connections, in the room or not.", connections.size),
+    createGauge("held_back_senders", "Connections that are held back as too fast.", heldBack),
+    createGauge("queued_bytes", "Memory for what waits, in both directions.", memoryUsed),
+    createCounter("lines_in_total", "Lines that people have sent.", counts.linesIn),
+    createCounter("lines_out_total", "Lines for people, once for each reader.", counts.linesOut),
+    createCounter("bytes_in_total", "Bytes that people have sent.", counts.bytesIn),
+    createCounter("bytes_out_total", "Bytes handed to the kernel.", counts.bytesOut),
+    createCounter("refusals_total", "Connections that were refused.", refusals),
+    createCounter("slow_readers_total", "Clients disconnected as too slow.", counts.slow),
+    createCounter("database_errors_total", "Failures of the database.", counts.databaseErrors),
+    createHistogram("flush_seconds", "Time that a flush takes.", counts.flushTimes),
+    createHistogram("flush_lines", "Lines that leave together.", counts.flushedLines),
   ];
   return metrics.map(describeMetric).join("");
 }
 
-function describeMetric([name, type, help, samples]: Metric): string {
-  const fullName = `bunchat_${name}`;
-  const lines = samples.map((sample) => `${fullName}${sample.name} ${sample.value}\n`);
-  return `# HELP ${fullName} ${help}\n# TYPE ${fullName} ${type}\n${lines.join("")}`;
+function createGauge(name: string, help: string, value: number): Metric {
+  return { name, type: "gauge", help, samples: [{ suffix: "", value }] };
+}
+
+function createCounter(name: string, help: string, count: number | Sample[]): Metric {
+  const samples = typeof count === "number" ? [{ suffix: "", value: count }] : count;
+  return { name, type: "counter", help, samples };
+}
+
+function createHistogram(name: string, help: string, histogram: Histogram): Metric {
+  return { name, type: "histogram", help, samples: histogram.samples() };
+}
+
+function describeMetric({ name, type, help, samples }: Metric): string {
+  const lines = samples.map(({ suffix, value }) => `bunchat_${name}${suffix} ${value}\n`);
+  return `# HELP bunchat_${name} ${help}\n# TYPE bunchat_${name} ${type}\n${lines.join("")}`;
 }
 
 // --- Shutdown ----------------------------------------------------------------------------------
@@ -3770,7 +3779,7 @@ const OPTIONS = [
   ["port", "PORT", `the port to listen on (${DEFAULTS.port}; 0 takes a free one)`],
   ["rate", "N", `short lines a second from one client (${DEFAULTS.rate}; 0 for no limit)`],
   ["max-clients", "N", `connections at a time (${DEFAULTS.maxClients})`],
-  ["max-per-address", "N", "connections from one address (64; no limit on loopback)"],
+  ["max-per-address", "N", "connections from one address (64; no limit for this machine alone)"],
   ["tls-cert", "FILE", "encrypt the room with this certificate (PEM), read again on SIGHUP"],
   ["tls-key", "FILE", "and with this private key (PEM)"],
   ["db", "FILE", "keep the history and registered names in this file (SQLite)"],
@@ -3780,9 +3789,13 @@ const OPTIONS = [
   [
     "web-origin",
     "URL",
-    "what the page is called in browsers, behind a proxy: https://chat.example.org",
+    "the URL that browsers see, behind a proxy or under a name: https://chat.example.org",
   ],
-  ["metrics-token", "TOKEN", "lets other machines read /metrics, too, with this token"],
+  [
+    "metrics-token",
+    "TOKEN",
+    "let those with this token read /metrics, from anywhere, and nobody else",
+  ],
   ["quiet", "", "print only start, stop and errors"],
   ["help", "", "show this text"],
   ["version", "", "show the version"],
@@ -3790,7 +3803,7 @@ const OPTIONS = [
 
 const USAGE = `Usage: bun server.ts [options]
 
-Opens a chat room. People enter it with "bun client.ts", or with "nc HOST PORT".
+Opens a chat room. People enter it with "bun client.ts", with "nc HOST PORT", or, with --web, in a browser.
 
 ${OPTIONS.map(([name, value, help]) => `  --${name} ${value}`.padEnd(25) + help).join("\n")}`;
 
@@ -3800,7 +3813,7 @@ function urlOf({ host, tls }: { host: string; tls: unknown }, port: number): str
   return `http${tls ? "s" : ""}://${formatEndpoint(isAnyHost ? "localhost" : host, port)}/`;
 }
 
-/** Reads the options, opens the room, and attends to signals and the terminal. @throws what the first two throw */
+/** The program: a room, its signals and its terminal. @throws what readOptions and startServer throw */
 export function main(): void {
   const { quiet, ...options } = readOptions();
   const print = createPrinter(process.stdout);
@@ -3808,7 +3821,8 @@ export function main(): void {
   const server = startServer({ ...options, log: quiet ? undefined : print, logError });
   const endpoint = formatEndpoint(options.host, server.port);
   print(`Server is running on ${endpoint}, waiting for connections...`);
-  if (server.webPort !== undefined) print(`Browsers: ${urlOf(options, server.webPort)}`);
+  if (server.webPort !== undefined)
+    print(`Browsers: ${options.webOrigin ?? urlOf(options, server.webPort)}`);
   if (server.maxClients < options.maxClients)
     print(`At most ${server.maxClients} clients: more would need more open files (ulimit -n).`);
 
@@ -4087,11 +4101,10 @@ const SOCKADDR_BYTES = 28; // struct sockaddr_in6, the larger one
 const PORT_AT = 2; // sin_port and sin6_port, 16 bits in network order: ip(7), ipv6(7)
 const SHUT_RDWR = 2; // shutdown(2)
 
-/** Ends all connections to a port of ours but those from certain ports. */
-function endConnections(port: number, kept: ReadonlySet<number>): void {
+/** Ends all connections to a port of ours but those from certain ports. `limit` is that of open files. */
+function endConnections(port: number, kept: ReadonlySet<number>, limit: number): void {
   if (!libc) return;
-  const highest = openFilesLimit();
-  for (let fd = 3; fd < highest; fd++) {
+  for (let fd = 3; fd < limit; fd++) {
     if (portOf(libc.getsockname, fd) !== port) continue;
     const peerPort = portOf(libc.getpeername, fd); // the listener has none
     // Bun sees that it has ended, and closes it.
