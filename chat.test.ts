@@ -16,7 +16,7 @@
  * Contents:
  *   1. An example
  *   2. Helpers: waiting, rooms, peers, programs, a foreign server, a proxy, a screen, certificates,
- *      histories, registered names
+ *      histories, a browser, registered names
  *   3. Text and names
  *   4. The room
  *   5. The protocol: joining, messages, framing, commands, leaving
@@ -1075,7 +1075,10 @@ function picture(output: string, columns: number, height = Infinity) {
 // --- Certificates
 
 const folder = fs.mkdtempSync(`${tmpdir()}/bun-chat-`);
-afterAll(() => fs.rmSync(folder, { recursive: true }));
+afterAll(() => {
+  Bun.WebView.closeAll(); // whose files are there
+  fs.rmSync(folder, { recursive: true, maxRetries: 10 });
+});
 
 /** Runs openssl with these words. */
 async function openssl(words: string): Promise<void> {
@@ -1258,6 +1261,7 @@ class Page {
   constructor({ width = 1000, height = 700 }: Width) {
     this.view = new Bun.WebView({
       backend: { type: "chrome", url: false, argv: ["--no-sandbox"] },
+      dataStore: { directory: `${folder}/browser` },
       width,
       height,
       console: (type, ...words) => {
