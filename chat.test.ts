@@ -1209,6 +1209,18 @@ const IN_PAGE = `
     addEventListener(type, (event) =>
       console.error(type, event.message ?? String(event.reason ?? event.violatedDirective)));
 
+  function isTooWide() {
+    const places = document.querySelectorAll(":root, #door, #room, #log, #people, #write");
+    const edge = $("log").getBoundingClientRect().right;
+    const isBeyond = (row) => {
+      const range = new Range();
+      range.selectNodeContents(row);
+      return range.getBoundingClientRect().right > edge;
+    };
+    return Array.from(places).some(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth) ||
+      Array.from($("lines").children).some(isBeyond);
+  }
+
   /** The red, green and blue of a style's colour on what is below an element. */
   const pixel = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   function colourOf(element, isText) {
@@ -1383,11 +1395,8 @@ class Page {
     await this.view.cdp("Emulation.setEmulatedMedia", { features });
   }
 
-  /** Whether anything is wider than its place. */
-  isTooWide = () =>
-    this.evaluate<boolean>(`
-      [document.documentElement, ...document.querySelectorAll("#door, #room, #log, #people, #write")]
-        .some(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth)`);
+  /** Whether anything is wider than its place, so that one would have to scroll to the side. */
+  isTooWide = () => this.evaluate<boolean>("isTooWide()");
 
   /** The words that are hard to read, with their contrast. */
   pale = () =>
