@@ -8,6 +8,7 @@
  * server in this process and talks to it with bare sockets (`Peer`). A test of a program starts that
  * program, in a pipe (`inPipe`) or in a pseudo-terminal (`inTerminal`), and the server of a client is
  * a foreign one (`budgetChat`), so that the client does not rest on ours.
+ * A test of the page opens it in a real browser (`Page`), and is skipped where there is none.
  *
  * A test does not sleep but awaits what must come, and fails by its deadline when it does not come.
  * Where minutes must pass, they pass at once, by `jest.useFakeTimers()`. Tests of programs run at the
