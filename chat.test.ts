@@ -8143,10 +8143,10 @@ describe("a page that has lost the connection", () => {
       await page.run("setInterval(() => dispatchEvent(new Event('online')), 20)");
       proxy.state.isCalm = false;
       let bob = await enter(room, "bob");
-      for (let number = 0; number < 60; number++) {
+      for (let number = 0; number < 40; number++) {
         bob.send(`line ${number}\n`);
         await page.say(`line ${number}`);
-        if (number !== 30) continue;
+        if (number !== 20) continue;
         await bob.ping();
         await room.stop();
         room = open({ web: webPort, db: file });
@@ -8155,10 +8155,10 @@ describe("a page that has lost the connection", () => {
       await bob.ping();
       proxy.state.isCalm = true;
       await page.until(`$("waiting").childElementCount === 0`);
-      await page.until(`rowsOf("lines").filter(({ name }) => name).length >= 120`);
+      await page.until(`rowsOf("lines").filter(({ name }) => name).length >= 80`);
       const said = await page.said();
       for (const name of ["alice", "bob"])
-        expect(said.filter((line) => line.startsWith(`[${name}]`))).toEqual(numbered(60, name));
+        expect(said.filter((line) => line.startsWith(`[${name}]`))).toEqual(numbered(40, name));
       expect(proxy.state.cuts).toBeGreaterThan(0);
 
       const { peer } = await follow(room, "carol");
