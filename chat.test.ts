@@ -8,6 +8,7 @@
  * server in this process and talks to it with bare sockets (`Peer`). A test of a program starts that
  * program, in a pipe (`inPipe`) or in a pseudo-terminal (`inTerminal`), and the server of a client is
  * a foreign one (`budgetChat`), so that the client does not rest on ours.
+ * A test of the page opens it in a real browser (`Page`), and is skipped where there is none.
  *
  * A test does not sleep but awaits what must come, and fails by its deadline when it does not come.
  * Where minutes must pass, they pass at once, by `jest.useFakeTimers()`. Tests of programs run at the
@@ -16,7 +17,7 @@
  * Contents:
  *   1. An example
  *   2. Helpers: waiting, rooms, peers, programs, a foreign server, a proxy, a screen, certificates,
- *      histories, registered names
+ *      histories, a browser, registered names
  *   3. Text and names
  *   4. The room
  *   5. The protocol: joining, messages, framing, commands, leaving
@@ -1075,7 +1076,10 @@ function picture(output: string, columns: number, height = Infinity) {
 // --- Certificates
 
 const folder = fs.mkdtempSync(`${tmpdir()}/bun-chat-`);
-afterAll(() => fs.rmSync(folder, { recursive: true }));
+afterAll(() => {
+  Bun.WebView.closeAll(); // whose files are there
+  fs.rmSync(folder, { recursive: true, maxRetries: 10 });
+});
 
 /** Runs openssl with these words. */
 async function openssl(words: string): Promise<void> {
@@ -1206,6 +1210,18 @@ const IN_PAGE = `
     addEventListener(type, (event) =>
       console.error(type, event.message ?? String(event.reason ?? event.violatedDirective)));
 
+  function isTooWide() {
+    const places = document.querySelectorAll(":root, #door, #room, #log, #people, #write");
+    const edge = $("log").getBoundingClientRect().right;
+    const isBeyond = (row) => {
+      const range = new Range();
+      range.selectNodeContents(row);
+      return range.getBoundingClientRect().right > edge;
+    };
+    return Array.from(places).some(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth) ||
+      Array.from($("lines").children).some(isBeyond);
+  }
+
   /** The red, green and blue of a style's colour on what is below an element. */
   const pixel = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   function colourOf(element, isText) {
@@ -1258,6 +1274,7 @@ class Page {
   constructor({ width = 1000, height = 700 }: Width) {
     this.view = new Bun.WebView({
       backend: { type: "chrome", url: false, argv: ["--no-sandbox"] },
+      dataStore: { directory: `${folder}/browser` },
       width,
       height,
       console: (type, ...words) => {
@@ -1278,7 +1295,8 @@ class Page {
 
   /** Waits until an expression is true in the page. */
   async until(expression: string): Promise<void> {
-    for (const deadline = Date.now() + PATIENCE; !(await this.evaluate(expression));) {
+    const deadline = Date.now() + PATIENCE;
+    while (!(await this.evaluate(expression))) {
       if (Date.now() > deadline) {
         const shown = await this.evaluate<string>("document.body.innerText");
         throw new Error(`no ${expression} in ${JSON.stringify(shown.slice(-2000))}`);
@@ -1379,11 +1397,8 @@ class Page {
     await this.view.cdp("Emulation.setEmulatedMedia", { features });
   }
 
-  /** Whether anything is wider than its place. */
-  isTooWide = () =>
-    this.evaluate<boolean>(`
-      [document.documentElement, ...document.querySelectorAll("#door, #room, #log, #people, #write")]
-        .some(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth)`);
+  /** Whether anything is wider than its place, so that one would have to scroll to the side. */
+  isTooWide = () => this.evaluate<boolean>("isTooWide()");
 
   /** The words that are hard to read, with their contrast. */
   pale = () =>
@@ -7386,12 +7401,15 @@ describe("the door of the page", () => {
       const room = open({ web: 0 });
       const bob = await enter(room, "bob");
       const page = await enterByPage(room, "alice");
-      await page.view.type(toText(numbered(30)).trimEnd());
+      const lines = JSON.stringify(numbered(1500)); // more than are sent at once
+      await page.run(`
+        $("text").value = ${lines}.join("\\n"); // to type them takes the browser many seconds
+        $("text").dispatchEvent(new Event("input"))`);
       await page.press("Enter");
       await page.click("leave");
       await page.until(`$("door").checkVisibility() && !$("room").checkVisibility()`);
-      const expected = ["* alice has joined the chat", ...numbered(30, "alice")];
-      expect(await bob.lines(32)).toEqual([...expected, "* alice has left the chat"]);
+      const expected = ["* alice has joined the chat", ...numbered(1500, "alice")];
+      expect(await bob.lines(1502)).toEqual([...expected, "* alice has left the chat"]);
       expect(await page.evaluate(`$("refusal").textContent`)).toBe("");
 
       await page.enter("anna");
@@ -7470,7 +7488,7 @@ describe("the conversation in the page", () => {
       [`https://d.example"onclick=alert(1)`, ["https://d.example"]],
       ["https://e.example<script>", ["https://e.example"]],
       ["javascript:alert(1) data:text/html,x ftp://x.example file:///etc //x.example", []],
-      ["https:// http://: https://[", []],
+      ["https:// http://: https://[ javascript://x%0aalert(1)", []],
       [
         "https://語.example/é, https://f.example:81/a_b/~c",
         ["https://語.example/é", "https://f.example:81/a_b/~c"],
@@ -7628,7 +7646,7 @@ describe("colours in the page", () => {
           await peer.ping();
         }
       for (const peer of peers) peer.socket.end();
-      await page.until(`textsOf("lines").at(-1).endsWith(" and 10 others have left")`);
+      await page.until(`textsOf("lines").at(-1)?.endsWith(" and 10 others have left")`);
 
       // With each of the colours for what is one's own.
       for (const name of TWELVE) {
@@ -7858,6 +7876,16 @@ describe("writing in the page", () => {
 describe("scrolling in the page", () => {
   const rowCount = (page: Page) => page.evaluate<number>(`$("lines").childElementCount`);
 
+  /** How far the log is scrolled, once it stands still for a frame. */
+  async function restingPlace(page: Page): Promise<number> {
+    for (let before = NaN; ;) {
+      const place = await page.evaluate<number>(`
+        new Promise(requestAnimationFrame).then(() => $("log").scrollTop)`);
+      if (place === before) return place;
+      before = place;
+    }
+  }
+
   testInBrowser(
     "follows the end, unless one reads higher up, and then says what is new",
     async () => {
@@ -7870,14 +7898,12 @@ describe("scrolling in the page", () => {
 
       await page.view.scroll(0, -600);
       await page.until("!isAtEnd()");
-      const place = `$("log").scrollTop`;
-      await page.until(`${place} === globalThis.before || ((globalThis.before = ${place}), false)`);
-      const before = await page.evaluate<number>(place); // it stands still
+      const before = await restingPlace(page);
       bob.send("a\nb\nc\n");
       await page.until(
         `$("news").checkVisibility() && $("news").textContent.startsWith("3 new lines")`,
       );
-      expect(await page.evaluate<number>(place)).toBe(before);
+      expect(await restingPlace(page)).toBe(before);
       await page.click("news");
       await page.until(`isAtEnd() && !$("news").checkVisibility()`);
       expect(await page.focus()).toBe("text");
@@ -7940,7 +7966,8 @@ describe("scrolling in the page", () => {
       expect(above).toEqual(lines.slice(0, above.length));
 
       // And down again, to what is said now.
-      await enter(room, "bob").then((bob) => bob.send("hello\n"));
+      const bob = await enter(room, "bob");
+      bob.send("hello\n");
       await page.until(`$("news").checkVisibility()`);
       while (!(await page.texts()).includes("[bob] hello")) {
         await page.run(`$("log").scrollTop = $("log").scrollHeight`);
@@ -8030,7 +8057,9 @@ describe("the attention of the page", () => {
       globalThis.Notification = class {
         static permission = "default";
         static async requestPermission() {
-          return Notification.permission = notes.push("asked") > 1 ? "granted" : "denied";
+          Notification.permission = notes.length === 0 ? "denied" : "granted";
+          notes.push("asked");
+          return Notification.permission;
         }
         constructor(title, { body }) {
           notes.push(title + ": " + body);
@@ -8114,10 +8143,10 @@ describe("a page that has lost the connection", () => {
       await page.run("setInterval(() => dispatchEvent(new Event('online')), 20)");
       proxy.state.isCalm = false;
       let bob = await enter(room, "bob");
-      for (let number = 0; number < 60; number++) {
+      for (let number = 0; number < 40; number++) {
         bob.send(`line ${number}\n`);
         await page.say(`line ${number}`);
-        if (number !== 30) continue;
+        if (number !== 20) continue;
         await bob.ping();
         await room.stop();
         room = open({ web: webPort, db: file });
@@ -8125,14 +8154,12 @@ describe("a page that has lost the connection", () => {
       }
       await bob.ping();
       proxy.state.isCalm = true;
-      await page.until(
-        `$("waiting").childElementCount === 0 && ${`
-      textsOf("lines").filter((text) => text[0] === "[").length >= 120`}`,
-      );
+      await page.until(`$("waiting").childElementCount === 0`);
+      await page.until(`rowsOf("lines").filter(({ name }) => name).length >= 80`);
       const said = await page.said();
       for (const name of ["alice", "bob"])
-        expect(said.filter((line) => line.startsWith(`[${name}]`))).toEqual(numbered(60, name));
-      expect(proxy.state.cuts).toBeGreaterThan(1);
+        expect(said.filter((line) => line.startsWith(`[${name}]`))).toEqual(numbered(40, name));
+      expect(proxy.state.cuts).toBeGreaterThan(0);
 
       const { peer } = await follow(room, "carol");
       const heard = await linesUntil(peer, "* carol has joined the chat");
@@ -8184,7 +8211,7 @@ describe("passwords in the page", () => {
   const traces = (page: Page) =>
     page.evaluate<string>(`JSON.stringify([
       { ...localStorage }, { ...sessionStorage }, document.cookie, document.body.textContent,
-      location.href])`);
+      decodeURI(location.href)])`);
 
   testInBrowser("a registered name asks for its own, and comes back with it", async () => {
     const room = open({ web: 0, db: withAlice() });
@@ -8221,9 +8248,9 @@ describe("passwords in the page", () => {
     await page.fill("name", "alice");
     await page.press("Enter");
     await page.until(`$("password").checkVisibility()`);
-    await page.say(PASSWORD.toUpperCase());
-    await page.until(`!$("enter").disabled`);
+    await page.fill("password", PASSWORD);
     await page.fill("name", "bob");
+    expect(await page.evaluate(`$("password").checkVisibility()`)).toBe(false);
     await page.press("Enter");
     await page.arrives("bob");
   });
@@ -8325,33 +8352,27 @@ describe("the page for everybody", () => {
     await enter(room, "bob");
     const page = await openPage(room);
 
-    /** Goes once around by Tab. Resolves with the ids and whether each had a mark of the focus. */
+    /** Goes once around by Tab, and waits at each stop for a mark of the focus. */
     async function goAround() {
-      const seen = new Map<string, boolean>();
+      const stops = new Set<string>();
       await page.run("document.activeElement.blur()");
-      for (let stop = 0; stop < 30; stop++) {
+      for (;;) {
         await page.press("Tab");
-        const [id, isMarked] = await page.evaluate<[string, boolean]>(`(() => {
-          const element = document.activeElement;
-          const { outlineStyle, outlineWidth } = getComputedStyle(element);
-          const id = element.id || (element.closest("#names") ? "a name" : element.tagName);
-          return [id, element.matches(":focus-visible") && outlineStyle !== "none" && parseFloat(outlineWidth) >= 1];
-        })()`);
-        if (seen.has(id)) break;
-        if (id !== "BODY") seen.set(id, isMarked);
+        const stop = await page.evaluate<string>(`
+          document.activeElement.closest("#names") ? "a name" : document.activeElement.id`);
+        if (stops.has(stop)) return [...stops].filter((id) => id !== "").toSorted();
+        stops.add(stop);
+        await page.until(`
+          document.activeElement === document.body ||
+          (document.activeElement.matches(":focus-visible") &&
+            getComputedStyle(document.activeElement).outlineStyle === "solid")`);
       }
-      return seen;
     }
-    const atTheDoor = await goAround();
-    expect([...atTheDoor.keys()].toSorted()).toEqual(["enter", "name"]);
-    expect([...atTheDoor.values()]).not.toContain(false);
+    expect(await goAround()).toEqual(["enter", "name"]);
     await page.enter("alice");
     await page.lists("bob", "alice (you)");
-    const inTheRoom = await goAround();
-    expect([...inTheRoom.keys()].toSorted()).toEqual(
-      ["a name", "bell", "leave", "log", "notify", "order", "send", "text"].toSorted(),
-    );
-    expect([...inTheRoom.values()]).not.toContain(false);
+    const all = ["a name", "bell", "leave", "log", "notify", "order", "send", "text"];
+    expect(await goAround()).toEqual(all);
   });
 
   testInBrowser("has names for a screen reader, and a log that it reads out", async () => {
