@@ -399,8 +399,8 @@ async function settle(room: Room, isComplete: () => boolean, patience = SCALE.pa
 
 // --- WebSockets --------------------------------------------------------------------------------
 // The crowd makes and reads frames by itself (RFC 6455, section 5.2). Bun's `WebSocket` takes three
-// times as long to read one, and longer than a server takes to send it, which would make the crowd
-// the limit.
+// times as long to read a frame as we do, and longer than a server takes to send one, so that the
+// crowd would be the limit.
 
 const TEXT = 0x81; // a whole message of text
 const PING = 0x89;

@@ -1,5 +1,5 @@
 /**
- * The tests of server.ts and client.ts.
+ * The tests of server.ts, client.ts and client.html.
  *
  *     bun test                         runs all of them
  *     bun test -t "slow reader"        runs those whose name contains these words
@@ -7,8 +7,8 @@
  * Everything goes over real sockets, on ports that the system picks. A test of the room runs the
  * server in this process and talks to it with bare sockets (`Peer`). A test of a program starts that
  * program, in a pipe (`inPipe`) or in a pseudo-terminal (`inTerminal`), and the server of a client is
- * a foreign one (`budgetChat`), so that the client does not rest on ours.
- * A test of the page opens it in a real browser (`Page`), and is skipped where there is none.
+ * a foreign one (`budgetChat`), so that the client does not rest on ours. A test of the page opens it
+ * in a real browser (`Page`), and is skipped where there is none.
  *
  * A test does not sleep but awaits what must come, and fails by its deadline when it does not come.
  * Where minutes must pass, they pass at once, by `jest.useFakeTimers()`. Tests of programs run at the
@@ -217,13 +217,14 @@ const { dlopen } = await import("bun:ffi");
 mock.module("bun:ffi", () => ({
   dlopen(...library: Parameters<typeof dlopen>) {
     type Call = (fd: number, level: number, name: number, info: DataView, size: unknown) => number;
-    const real = dlopen(...library).symbols["getsockopt"] as unknown as Call;
+    const { symbols } = dlopen(...library);
+    const real = symbols["getsockopt"] as unknown as Call;
     const getsockopt: Call = (fd, level, name, info, size) => {
       const result = real(fd, level, name, info, size);
       tcpInfo?.(fd, info, result);
       return result;
     };
-    return { symbols: { getsockopt } };
+    return { symbols: { ...symbols, getsockopt } };
   },
 }));
 const { addressKey, apply, cleanText, Room, startServer } = await import("./server.ts");
@@ -256,7 +257,18 @@ function openTlsForBrowsers(options: Partial<ServerOptions> = {}): Server {
 
 /** The same room, which peers enter by WebSocket from now on. */
 function throughWeb(room: Server): Server {
-  return Object.assign(room, { port: room.webPort ?? NaN, isWeb: true });
+  return Object.assign(room, webOf(room));
+}
+
+/** Where browsers come in. */
+function webOf(room: Server): Required<Pick<Address, "port" | "isWeb">> {
+  return { port: room.webPort ?? NaN, isWeb: true };
+}
+
+/** The same for a server that is a program. */
+async function webOfProgram({ out }: { out: Transcript }) {
+  const [, port] = await out.until(/Browsers: https?:\/\/127\.0\.0\.1:(\d+)\//);
+  return { port: Number(port), isWeb: true };
 }
 
 const BOTH_WAYS = [
@@ -357,19 +369,18 @@ function encodeText(text: Buffer): Buffer {
 /** The frame at the beginning of some bytes, and what follows it; undefined while it is not whole. */
 function decodeFrame(bytes: Buffer) {
   if (bytes.length < 2) return undefined;
-  const short = bytes.readUInt8(1); // frames of the server have no mask
-  const extended = short === 126 ? 2 : short === 127 ? 8 : 0;
-  const start = 2 + extended;
-  if (bytes.length < start) return undefined;
-  const length =
-    extended === 0 ? short : bytes.readUIntBE(start - Math.min(extended, 6), Math.min(extended, 6));
-  if (bytes.length < start + length) return undefined;
+  const short = bytes.readUInt8(1); // there is no mask
+  expect(short).toBeLessThan(127); // the server sends no frame of more than 16 KiB
+  if (short < 126) return frameAt(bytes, 2, short);
+  return bytes.length < 4 ? undefined : frameAt(bytes, 4, bytes.readUInt16BE(2));
+}
+
+/** The frame at the beginning of some bytes, whose payload begins at `start`. */
+function frameAt(bytes: Buffer, start: number, length: number) {
+  const end = start + length;
+  if (bytes.length < end) return undefined;
   const opcode = bytes.readUInt8(0) & 0x0f;
-  return {
-    opcode,
-    payload: bytes.subarray(start, start + length),
-    rest: bytes.subarray(start + length),
-  };
+  return { opcode, payload: bytes.subarray(start, end), rest: bytes.subarray(end) };
 }
 
 /** One end of a TCP connection, or of a WebSocket. It sends whatever it is told to, and reads lines. */
@@ -382,7 +393,7 @@ class Peer extends Watched {
   ended = Promise.withResolvers<void>(); // a FIN has come, or the connection is gone
   closed = Promise.withResolvers<Error | undefined>(); // with an error if it was reset
 
-  isUpgraded = Promise.withResolvers<void>(); // the WebSocket is open
+  upgraded = Promise.withResolvers<void>(); // the WebSocket is open
   closeCode = 0; // with which the server has closed the WebSocket
   private frames: Buffer | null = null; // what has come of the next one; null without a WebSocket
   private unsent: Uint8Array = Buffer.alloc(0);
@@ -430,25 +441,33 @@ class Peer extends Watched {
     const request = ["GET /room HTTP/1.1", `Host: 127.0.0.1:${port}`, ...UPGRADE, ...headers];
     this.send([...request, "", ""].join("\r\n"));
     this.frames = Buffer.alloc(0);
-    await Promise.race([this.isUpgraded.promise, this.ended.promise]);
+    await Promise.race([this.upgraded.promise, this.ended.promise]);
   }
 
   private receiveFrames(bytes: Buffer): void {
-    const headEnd = bytes.indexOf("\r\n\r\n");
-    if (bytes.subarray(0, 5).toString() === "HTTP/") {
-      if (headEnd === -1) return;
-      expect(bytes.toString("latin1", 0, 12)).toBe("HTTP/1.1 101");
-      this.isUpgraded.resolve();
-      bytes = bytes.subarray(headEnd + 4);
+    let rest = bytes;
+    if (rest.toString("latin1", 0, 5) === "HTTP/") {
+      const end = rest.indexOf("\r\n\r\n");
+      if (end === -1) return;
+      expect(rest.toString("latin1", 0, 12)).toBe("HTTP/1.1 101");
+      this.upgraded.resolve();
+      rest = rest.subarray(end + 4);
     }
-    for (let frame = decodeFrame(bytes); frame; frame = decodeFrame(bytes)) {
-      bytes = frame.rest;
-      expect(frame.payload.length).toBeLessThanOrEqual(16 * 1024);
-      if (frame.opcode === TEXT) this.receive(frame.payload);
-      if (frame.opcode === PING) this.sendRaw(encodeFrame(PONG, frame.payload));
-      if (frame.opcode === CLOSE) this.endByFrame(frame.payload);
+
+    let frame = decodeFrame(rest);
+    while (frame) {
+      this.receiveFrame(frame.opcode, frame.payload);
+      rest = frame.rest;
+      frame = decodeFrame(rest);
     }
-    this.frames = bytes;
+    this.frames = rest;
+  }
+
+  private receiveFrame(opcode: number, payload: Buffer): void {
+    expect(payload.length).toBeLessThanOrEqual(16 * 1024);
+    if (opcode === TEXT) this.receive(payload);
+    if (opcode === PING) this.sendRaw(encodeFrame(PONG, payload));
+    if (opcode === CLOSE) this.endByFrame(payload);
   }
 
   private endByFrame(payload: Buffer): void {
@@ -5021,9 +5040,8 @@ describe("a room with TLS", () => {
     fs.copyFileSync(certificate.key, current.key);
     const files = ["--tls-cert", current.cert, "--tls-key", current.key];
     const server = await serve(...files, "--web", "0");
-    const [, webPort] = await server.out.until(/Browsers: https:\/\/127\.0\.0\.1:(\d+)\//);
     const old = { port: server.port, ca: certificate.ca };
-    const browser = { port: Number(webPort), isWeb: true };
+    const browser = await webOfProgram(server);
     const bert = await enter({ ...browser, ca: certificate.ca }, "bert");
     const alice = await enter(old, "alice");
 
@@ -6932,7 +6950,7 @@ describe("an origin", () => {
     chat.lan:PORT none yes; chat.lan:PORT http://chat.lan:PORT no;
     chat.lan:PORT https://evil.example no`;
 
-  async function mayEnter(room: Server, row: string) {
+  async function expectEntry(room: Server, row: string) {
     const at = (text: string) => text.replaceAll("PORT", `${room.port}`);
     const [host = "", origin = "", answer = ""] = row.split(" ");
     const headers = [`Host: ${at(host)}`, ...(origin === "none" ? [] : [`Origin: ${at(origin)}`])];
@@ -6940,15 +6958,15 @@ describe("an origin", () => {
   }
 
   test.each(rowsOf(ORIGINS))("must be an address of ours: %s", async (row) => {
-    await mayEnter(openForBrowsers(), row);
+    await expectEntry(openForBrowsers(), row);
   });
 
   test.each(rowsOf(NAMED))("may be the one that is named: %s", async (row) => {
-    await mayEnter(openForBrowsers({ webOrigin: OURS }), row);
+    await expectEntry(openForBrowsers({ webOrigin: OURS }), row);
   });
 
   test.each(rowsOf(UNDER_TLS))("may be any name that our certificate proves: %s", async (row) => {
-    await mayEnter(openTlsForBrowsers(), row);
+    await expectEntry(openTlsForBrowsers(), row);
   });
 });
 
@@ -6962,6 +6980,13 @@ describe("behind a proxy", () => {
     peer.send(`${login}\n`);
     return peer;
   }
+
+  test("each address has 64 places, also where the proxy is on the machine of the server", async () => {
+    const room = openForBrowsers({ webOrigin: "https://chat.example.org" });
+    const crowd = await Promise.all(times(70, () => Peer.connect(room, [FROM])));
+    const first = await Promise.all(crowd.map((peer) => peer.line()));
+    expect(first.filter((line) => line === TOO_MANY)).toHaveLength(6);
+  });
 
   test("each address has its own places, the last one in the list", async () => {
     const webOrigin = "https://chat.example.org";
@@ -7011,7 +7036,7 @@ describe("behind a proxy", () => {
 describe("a WebSocket", () => {
   test("is in one room with those who come by TCP", async () => {
     const tcp = open({ web: 0 });
-    const web = { port: tcp.webPort ?? NaN, isWeb: true };
+    const web = webOf(tcp);
     const alice = await enter(web, "alice");
     const bob = await enter(tcp, "bob");
     expect(await alice.line()).toBe("* bob has joined the chat");
@@ -7027,7 +7052,7 @@ describe("a WebSocket", () => {
 
   test("sees the same as those who come by TCP, however long and in whatever script", async () => {
     const tcp = open({ web: 0 });
-    const web = { port: tcp.webPort ?? NaN, isWeb: true };
+    const web = webOf(tcp);
     const crowd = await enterTogether(
       tcp,
       times(200, (number) => "語".repeat(28) + (number + 100)),
@@ -7118,8 +7143,7 @@ describe("a WebSocket", () => {
     "that sends pings without end and %s is held back, and does not fill the memory",
     async (how) => {
       const server = await serve("--web", "0");
-      const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
-      const web = { port: Number(port), isWeb: true };
+      const web = await webOfProgram(server);
       const [alice, bob] = await enterAll(web, "alice", "bob");
       const before = memory(server.pid, "VmRSS");
       const pings = Buffer.concat(times(1000, () => encodeFrame(PING, "x".repeat(125))));
@@ -7216,7 +7240,7 @@ describe("compiled programs", () => {
     await build("client.ts", "--outfile", `${programs}/bun-chat`);
 
     const server = await serveBy([`${programs}/bun-chat-server`, "--port", "0", "--web", "0"]);
-    const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
+    const { port } = await webOfProgram(server);
     const page = await fetch(`http://127.0.0.1:${port}/`);
     expect(await page.text()).toBe(await Bun.file(`${import.meta.dir}/client.html`).text());
 
@@ -7233,13 +7257,12 @@ describe("when descriptors run short", () => {
     async (beginning) => {
       const command = `ulimit -n 256; exec ${process.execPath} server.ts --port 0 --web 0`;
       const server = await serveBy(["bash", "-c", command]);
-      const [, port] = await server.out.until(/Browsers: http:\/\/127\.0\.0\.1:(\d+)\//);
-      const web = { port: Number(port), isWeb: true };
+      const web = await webOfProgram(server);
       const [alice, bob] = await enterAll(web, "alice", "bob");
 
       const idle = await Promise.all(
         times(400, async () => {
-          const peer = await Peer.connect({ port: Number(port) });
+          const peer = await Peer.connect({ port: web.port });
           peer.send(beginning);
           return peer;
         }),
@@ -7270,7 +7293,7 @@ describe("the metrics", () => {
   test("count what happens", async () => {
     const room = open({ web: 0, rate: 10 });
     const [alice, bob] = await enterAll(room, "alice", "bob");
-    await refusalOf(room, "alice");
+    const refused = toText([WELCOME, ...(await refusalOf(room, "alice"))]);
     alice.send("hello\n");
     expect(await bob.line()).toBe("[alice] hello");
     alice.send(toText(numbered(200)));
@@ -7282,7 +7305,7 @@ describe("the metrics", () => {
       people: 2,
       held_back_senders: 1,
       bytes_in_total: "alice\nbob\nalice\nhello\n".length + toText(numbered(200)).length,
-      bytes_out_total: alice.total + bob.total + (await totalOfRefused()),
+      bytes_out_total: alice.total + bob.total + refused.length,
       'refusals_total{reason="taken"}': 1,
       'refusals_total{reason="other"}': 0,
       slow_readers_total: 0,
@@ -7296,14 +7319,48 @@ describe("the metrics", () => {
       expect(line).toMatch(
         /^(# (HELP|TYPE) bunchat_\w+ .+|bunchat_\w+(\{\w+="[^"]+"\})? [\d.e-]+)$/,
       );
-
-    /** What one hears that comes under a name that is taken. */
-    async function totalOfRefused() {
-      return `${WELCOME}\n* The name alice is taken.\n`.length;
-    }
   });
 
-  test("count slow readers and troubles with the history", async () => {
+  test("count those who are refused, by the reason", async () => {
+    jest.useFakeTimers();
+    const room = open({ web: 0, db: withAlice(), maxClients: 4, maxPerAddress: 3 });
+    await enter(room, "bob");
+    for (const name of [
+      "bob",
+      "b0b",
+      "alice",
+      "alice wrong",
+      "carol secret",
+      "",
+      "x y z",
+      "Ω\u0301b",
+    ])
+      await refusalOf(room, name);
+    await enter(room, "mallory");
+    room.command("/ban mallory");
+    await refusalOf(room, "mallory");
+    await greeted(room);
+    jest.advanceTimersByTime(61_000);
+    const peers = await Promise.all(times(3, () => Peer.connect(room)));
+    await Promise.all(peers.map((peer) => peer.line()));
+
+    expect(await refusalsIn(room)).toEqual(
+      "full 0, address 2, banned 1, tls 0, deadline 1, registered 4, taken 2, name 2, other 0",
+    );
+
+    const full = open({ web: 0, maxClients: 1 });
+    await enterAll(full, "alice");
+    expect(await (await Peer.connect(full)).rest()).toEqual([FULL]);
+    expect(await refusalsIn(full)).toStartWith("full 1, address 0, ");
+  });
+
+  async function refusalsIn({ webPort }: Server): Promise<string> {
+    const { numbers } = await metricsOf(webPort);
+    const refusals = Object.entries(numbers).filter(([name]) => name.startsWith("refusals"));
+    return refusals.map(([name, count]) => `${/"(\w+)"/.exec(name)?.[1]} ${count}`).join(", ");
+  }
+
+  test("count slow readers", async () => {
     jest.useFakeTimers();
     const [room, alice, carol] = await gather(open({ web: 0 }), "alice", "carol");
     await lagBehind(room, alice, carol, 3_000_000);
@@ -7855,6 +7912,25 @@ describe("writing in the page", () => {
     expect(await bob.ping()).toEqual([]);
     await page.press("Enter");
     expect(await bob.line()).toBe("[alice] 日本");
+  });
+
+  testInBrowser("a password that everybody would hear stays in the box", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await bob.line();
+    for (const [number, typed] of [" /register hunter22", "hello\n/password hunter22"].entries()) {
+      await page.fill("text", typed);
+      await page.press("Enter");
+      const warnings = `textsOf("lines").filter((text) => text.includes("may hold a password"))`;
+      await page.until(`${warnings}.length === ${number + 1}`);
+      expect(await page.value()).toBe(typed);
+    }
+    for (const word of ["constructor", "__proto__"]) {
+      await page.fill("text", word);
+      await page.press("Enter");
+      expect(await bob.line()).toBe(`[alice] ${word}`);
+    }
   });
 
   testInBrowser("a line that is too long stays in the box, with a word about it", async () => {
