@@ -6921,6 +6921,17 @@ describe("the page", () => {
     expect(answer).not.toMatch(/\bat \S+:\d+|Bun|server\.ts/);
   });
 
+  test("comes once on a connection, which nobody can keep busy", async () => {
+    const { webPort = NaN } = open({ web: 0 });
+    for (const path of ["/", "/nothing", "/metrics", "/room"]) {
+      const request = `GET ${path} HTTP/1.1\r\nHost: 127.0.0.1:${webPort}\r\n\r\n`;
+      const peer = await Peer.connect({ port: webPort });
+      peer.send(request.repeat(100));
+      const answers = (await peer.rest()).filter((line) => line.startsWith("HTTP/1.1 "));
+      expect(answers).toHaveLength(1);
+    }
+  });
+
   test("is not there without --web", async () => {
     expect(open().webPort).toBeUndefined();
   });
@@ -7012,6 +7023,23 @@ describe("behind a proxy", () => {
     expect(await answersTo(alice, "/nick oscar")).toEqual([
       expect.stringContaining("is kept for an operator"),
     ]);
+  });
+
+  test("an address is the same however it is written", async () => {
+    const webOrigin = "https://chat.example.org";
+    const room = openForBrowsers({ maxPerAddress: 1, webOrigin });
+    const heard: string[] = [];
+    for (const address of ["2001:db8::5", "2001:0DB8:0:0::5", "198.51.100.7", "::ffff:c633:6407"])
+      heard.push(await (await Peer.connect(room, [`X-Forwarded-For: ${address}`])).line());
+    expect(heard).toEqual([WELCOME, TOO_MANY, WELCOME, TOO_MANY]);
+  });
+
+  test("the address of the machine itself is not banned", async () => {
+    const room = openForBrowsers();
+    await enterThrough(room, "alice", [FROM]).then((peer) => peer.lines(2));
+    room.command("/ban alice");
+    expect(room.command("/bans")).toBe("* alice is banned for another 60 minutes");
+    await enter(room, "bob");
   });
 
   test.each(["10.9.9.9, nonsense", "", "unknown"])("an address must be one: %j", async (list) => {
@@ -7132,6 +7160,21 @@ describe("a WebSocket", () => {
       await stillServes(room, alice, bob);
     },
   );
+
+  test.each([
+    ["empty frames", encodeFrame(TEXT, "")],
+    ["pings", encodeFrame(PING, "")],
+    ["pongs", encodeFrame(PONG, "")],
+  ])("that sends nothing but %s is held back", async (_, frame) => {
+    jest.useFakeTimers();
+    const [alice, bob] = await enterAll(openForBrowsers({ rate: 10 }), "alice", "bob");
+    alice.sendRaw(Buffer.concat(times(2000, () => frame)));
+    await turns(50);
+    alice.send("hello\n");
+    expect(await bob.ping()).toEqual([]);
+    await pass(200);
+    expect(await bob.line()).toBe("[alice] hello");
+  });
 
   test("with thousands of tiny frames is read as one text", async () => {
     const [alice, bob] = await enterAll(openForBrowsers(), "alice", "bob");
@@ -7277,9 +7320,42 @@ describe("when descriptors run short", () => {
     },
     8_000, // ms; after ten seconds Bun ends them by itself
   );
+
+  test("connections from the port of somebody in the room are ended, if they are somebody else's", async () => {
+    const command = `ulimit -n 256; exec ${process.execPath} server.ts --port 0 --web 0`;
+    const server = await serveBy(["bash", "-c", command]);
+    const web = await webOfProgram(server);
+    const [alice, bob] = await enterAll(web, "alice", "bob");
+    const { localPort } = alice.socket;
+    const idle = times(250, async (number) => {
+      const from = { localAddress: `127.0.1.${number + 1}`, localPort };
+      const socket = createConnection({ host: "127.0.0.1", port: web.port, ...from });
+      cleanups.push(() => socket.destroy());
+      socket.on("error", () => {}); // it is reset, or the server is gone
+      await once(socket, "connect");
+      socket.write("GET / HTTP/1.1\r\n");
+    });
+    await Promise.all(idle);
+
+    await enter(server, "carol");
+    for (const peer of [alice, bob]) expect(await peer.line()).toBe("* carol has joined the chat");
+  }, 8_000);
 });
 
 describe("the metrics", () => {
+  test("never fall, whoever leaves with words of its own", async () => {
+    const room = open({ web: 0 });
+    const alice = await greeted(room);
+    alice.send(`alice\n${"hi\n".repeat(15)}/quit\n`);
+    await alice.rest();
+    const bob = await enter(room, "bob");
+    bob.send("/help\n");
+    const help = await bob.ping();
+    const { numbers } = await metricsOf(room.webPort);
+    // Two greetings; alice hears that she comes and goes; bob that he comes, the help, and a mistake.
+    expect(numbers["lines_out_total"]).toBe(2 + 2 + 1 + help.length + 1);
+  });
+
   async function metricsOf(port: number | undefined, headers = {}) {
     const response = await fetch(`http://127.0.0.1:${port}/metrics`, { headers });
     const text = await response.text();

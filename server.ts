@@ -210,6 +210,7 @@ class Server {
   batch = ""; // what the next flush says to everybody
   batchBytes = 0; // its length as UTF-8
   batchLines = 0;
+  linesLeftOut = 0; // lines of the batch that one person does not get
   nextFlush: "none" | "later" | "soon" = "none";
   flushes = 0; // so far
   newsNotBefore = 0; // ms; before then no flush only for arrivals and departures
@@ -489,6 +490,13 @@ LOOPBACK.addAddress("::1", "ipv6");
 function isLoopback(host: string): boolean {
   if (isIP(host) === 0) return host.toLowerCase() === "localhost";
   return LOOPBACK.check(host, isIP(host) === 6 ? "ipv6" : "ipv4");
+}
+
+/** Whether an address is one of this machine's, on whatever network. */
+function isOfThisMachine(host: string): boolean {
+  const address = toIpv4(host);
+  const own = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
+  return isLoopback(address) || own.some((other) => other.address === address);
 }
 
 /** The soft limit of open files, which Bun raises when it starts, or Infinity. */
@@ -1031,7 +1039,7 @@ function showOut(server: Server, client: Client, why: string, reason: string): v
 
 /** Tells somebody that lines which were not read will not be said any more. */
 function tellTooLate(server: Server, client: Client): void {
-  const lines = countLines(client.unread);
+  const lines = countUnread(client.unread);
   if (lines > 0) tell(server, client, `* Your last lines came too late: ${lines} or more.`);
   else if (client.heldBack && hearsBatches(client))
     tell(server, client, "* Your last lines may have come too late.");
@@ -1056,7 +1064,7 @@ function handleClose(server: Server, client: Client): void {
     client.address.waiting.delete(client);
   }
 
-  const unreadLines = countLines(client.unread);
+  const unreadLines = countUnread(client.unread);
   discard(server, client);
   const reason = unreadLines > 0 ? ` (${unreadLines} or more lines unread)` : "";
   // Until that turn it stays in the room, which is harmless: writes to its socket return -1.
@@ -1384,7 +1392,7 @@ function takeLine(server: Server, client: Client, bytes: Buffer, start: number, 
 }
 
 /** Counts whole lines, but not beyond a hundred: half a megabyte may be nothing but newlines. */
-function countLines(bytes: Buffer): number {
+function countUnread(bytes: Buffer): number {
   let lines = 0;
   let newline = bytes.indexOf(NEWLINE);
   while (newline !== -1 && lines < 100) {
@@ -1410,7 +1418,7 @@ export function broadcastMessage(server: Server, line: string, sender?: Client):
   server.batchLines++;
   if (isLeftOut) {
     sender.ownBatchEnd = server.batchBytes;
-    server.counts.linesOut--; // `flush` counts it for everybody
+    server.linesLeftOut++; // `flush` counts all lines for everybody
   }
 
   const copies = server.batchBytes * server.clients.length;
@@ -1420,7 +1428,7 @@ export function broadcastMessage(server: Server, line: string, sender?: Client):
 
 /** Says a line to one client, after all that it has been sent so far. */
 function tell(server: Server, client: Client, line: string): void {
-  server.counts.linesOut++;
+  server.counts.linesOut += line.split("\n").length;
   const text = `${line}\n`;
   if (client.phase !== "joined") {
     send(server, client, wholeOf(new Parcel(Buffer.from(text))));
@@ -1478,12 +1486,15 @@ function gather(server: Server, deadline: number, idleTurns: number, inputs: num
 /** Sends everybody the same bytes, except clients that have a batch of their own. */
 function flush(server: Server): void {
   const started = performance.now();
-  const { batch: text, batchBytes: end, batchLines, leavers } = server;
+  const { batch: text, batchBytes: end, leavers } = server;
+
+  countLines(server);
 
   // Whatever fails below, the next line begins a new batch.
   server.batch = "";
   server.batchBytes = 0;
   server.batchLines = 0;
+  server.linesLeftOut = 0;
   server.nextFlush = "none";
   server.flushes++;
   server.leavers = [];
@@ -1497,7 +1508,6 @@ function flush(server: Server): void {
     serve(server, client, () => queueLastBatch(server, client, unmarked));
   sendToLeavers(server, leavers);
 
-  server.counts.linesOut += batchLines * server.clients.length;
   // Iterate over a copy: an exception may remove a client.
   for (const client of [...server.clients]) {
     const batch = client.following.is === "live" ? marked : unmarked;
@@ -1513,7 +1523,6 @@ function flush(server: Server): void {
   const now = performance.now();
   server.newsNotBefore = now + Math.min(now - started, MAX_NEWS_DELAY);
   server.counts.flushTimes.add((now - started) / 1000);
-  server.counts.flushedLines.add(batchLines);
   dropFullQueues(server);
   dropGreediest(server);
   if (server.sliced.size > 0) setImmediate(readOnAll, server); // the loop looks at others first
@@ -1826,6 +1835,7 @@ function sendNames(server: Server, client: Client): void {
   const parcel = server.whoAnswer;
   extendOwnBatch(client, server.batchBytes).push(wholeOf(parcel));
   scheduleFlush(server, true);
+  server.counts.linesOut++;
   chargeAnswer(server, client, parcel.bytes.length);
 }
 
@@ -2446,10 +2456,11 @@ function readMinutes(typed: string): number | null {
   return minutes >= 1 && minutes <= MAX_BAN ? minutes : null;
 }
 
-/** Bans a name and its address. The address of this machine is never banned: many may share it. */
+/** Bans a name and its address. An address of this machine is never banned: many may share it. */
 function banClient(server: Server, operator: Operator, client: Client, minutes: number): void {
   const { name = "", keys = [] } = server.room.people.get(client.id) ?? {};
-  const address = client.peer.isLocal ? "" : (client.address?.key ?? "");
+  const isOfMany = client.peer.isLocal || isOfThisMachine(client.peer.host);
+  const address = isOfMany ? "" : (client.address?.key ?? "");
   const until = performance.now() + minutes * 60_000;
   server.bans.push({ name, keys, address, until });
 
@@ -2903,6 +2914,7 @@ function sendRecall(server: Server, client: Client, count: number): void {
   const end = parcel.bytes.length;
   extendOwnBatch(client, server.batchBytes).push({ parcel, start, end });
   scheduleFlush(server, true);
+  server.counts.linesOut += Math.min(count, starts.length);
   server.answerBytes += end - start;
   client.sliceUsed += end - start;
   charge(server, client, (end - start) / HISTORY_BYTES_PER_UNIT);
@@ -3226,6 +3238,19 @@ export function addressKey(address: string): string {
   return [...groups, ...last].slice(0, 4).join(":");
 }
 
+/** An address in its only form (RFC 5952), without a zone. One of IPv4 in its IPv6 form is of IPv4. */
+function canonicalAddress(host: string): string {
+  if (isIP(host) !== 6) return host;
+  const { hostname } = new URL(`http://[${host.replace(/%.*/, "")}]`);
+  const [, high, low] = /^\[::ffff:([\da-f]+):([\da-f]+)\]$/.exec(hostname) ?? [];
+  if (high === undefined || low === undefined) return hostname.slice(1, -1);
+
+  const groups = Buffer.alloc(4);
+  groups.writeUInt16BE(parseInt(high, 16), 0);
+  groups.writeUInt16BE(parseInt(low, 16), 2);
+  return groups.join(".");
+}
+
 /** An IPv4 address that came in its IPv6 form. */
 function toIpv4(host: string): string {
   const [, ipv4 = host] = /^::ffff:(\d+\.\d+\.\d+\.\d+)$/i.exec(host) ?? [];
@@ -3303,6 +3328,7 @@ function createWebSocketHandler(server: Server): Bun.WebSocketHandler<Visitor> {
     open: (socket) => serve(server, { socket }, () => handleWebOpen(server, socket)),
     message: (socket, lines) => handleFrame(server, socket.data, lines),
     ping: (socket) => serve(server, { socket }, () => handlePing(server, socket)),
+    pong: (socket) => serve(server, { socket }, () => handlePing(server, socket)),
     drain({ data: { connection } }) {
       if (connection) handleDrain(server, connection.data);
     },
@@ -3335,10 +3361,13 @@ function securityHeaders(html: string) {
     "content-security-policy": policy.join("; "),
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",
+    ...ANSWER_HEADERS,
     "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
   };
 }
+
+// One request a connection: Bun would answer as many as come, and let nobody else have a turn meanwhile.
+const ANSWER_HEADERS = { connection: "close", "x-content-type-options": "nosniff" };
 
 type Page = { html: string; headers: Record<string, string> };
 
@@ -3372,7 +3401,7 @@ const WRONG_HOST =
   "Open this room by its address, as in http://192.168.1.20:8080/, or start the server with --web-origin and what stands in your browser's address bar, as in http://chat.example.org:8080.";
 
 function refuseRequest(status: number, why: string): Response {
-  return new Response(`${why}\n`, { status, headers: { "x-content-type-options": "nosniff" } });
+  return new Response(`${why}\n`, { status, headers: ANSWER_HEADERS });
 }
 
 /**
@@ -3410,7 +3439,7 @@ function upgrade(server: Server, request: Request, listener: Bun.Server<Visitor>
  */
 function peerOf({ options }: Server, request: Request, listener: Bun.Server<Visitor>): Peer {
   const { address = "", port = 0 } = listener.requestIP(request) ?? {};
-  const isFromHere = isLoopback(toIpv4(address)) || isOwnAddress(toIpv4(address));
+  const isFromHere = isOfThisMachine(address);
   const { webOrigin = "", tls } = options;
   const forwarded = request.headers.get("x-forwarded-for");
   const isForwarded = forwarded !== null || request.headers.get("origin") === webOrigin;
@@ -3420,16 +3449,11 @@ function peerOf({ options }: Server, request: Request, listener: Bun.Server<Visi
   const isLocal = isFromHere && !isForwarded;
   const isProxySafe = isFromHere && isForwarded && webOrigin.startsWith("https:");
   return {
-    host: isBelieved ? named : address,
+    host: isBelieved ? canonicalAddress(named) : address,
     port,
     isLocal,
     isSafe: isLocal || Boolean(tls) || isProxySafe,
   };
-}
-
-function isOwnAddress(host: string): boolean {
-  const interfaces = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
-  return interfaces.some(({ address }) => address === host);
 }
 
 function handleWebOpen(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
@@ -3443,7 +3467,8 @@ function handleFrame(server: Server, visitor: Visitor, lines: string | Buffer): 
   server.inputs++;
   if (visitor.received === "") setImmediate(takeFrames, server, visitor);
   visitor.received += lines.toString(); // a binary frame is taken for text
-  if (!visitor.received.endsWith("\n")) visitor.received += "\n"; // the end of a frame ends a line
+  // The end of a frame ends a line. An empty frame is an empty line, which has a price.
+  if (lines.length === 0 || !visitor.received.endsWith("\n")) visitor.received += "\n";
 }
 
 function takeFrames(server: Server, visitor: Visitor): void {
@@ -3454,7 +3479,7 @@ function takeFrames(server: Server, visitor: Visitor): void {
   serve(server, client, () => handleData(server, client, Buffer.from(received)));
 }
 
-/** Bun answers pings by itself. They are charged for, and who does not read the answers is cut off. */
+/** Bun answers pings by itself. They and pongs are charged for, and who reads no answers is cut off. */
 function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
   if (socket.getBufferedAmount() > MAX_PONGS) {
     socket.terminate();
@@ -3493,9 +3518,10 @@ class WebConnection implements Connection {
     private readonly socket: Bun.ServerWebSocket<Visitor>,
   ) {}
 
-  /** Of the other end of the TCP connection, be it that of a proxy. */
-  get port(): number {
-    return this.socket.data.peer.port;
+  /** The other end of the TCP connection, be it a proxy. */
+  get endpoint(): string {
+    const { remoteAddress, data } = this.socket;
+    return formatEndpoint(canonicalAddress(remoteAddress), data.peer.port);
   }
 
   /** @returns how many bytes were taken, which splits no character; -1 when it is closed */
@@ -3580,9 +3606,9 @@ function findCut(bytes: Buffer, start: number, limit: number): number {
 function endIdleVisitors(server: Server, port: number, limit: number): void {
   if (limit === Infinity || lowestFreeDescriptor() < limit - LAST_SOCKETS) return;
 
-  const kept = new Set<number>();
+  const kept = new Set<string>();
   for (const { socket } of server.connections.values()) {
-    if (socket instanceof WebConnection) kept.add(socket.port);
+    if (socket instanceof WebConnection) kept.add(socket.endpoint);
   }
   endConnections(port, kept, limit);
 }
@@ -3649,16 +3675,26 @@ type Sample = { suffix: string; value: number };
 
 // Why connections are refused, by what the log says: the first that fits. Another text needs a row.
 const REFUSALS = [
-  { reason: "full", sign: /server is full/ },
-  { reason: "address", sign: /connections from your address/ },
-  { reason: "banned", sign: /are banned/ },
-  { reason: "tls", sign: /TLS/ },
-  { reason: "deadline", sign: /within a minute/ },
-  { reason: "registered", sign: /password|registered/ },
-  { reason: "taken", sign: /is taken|looks like/ },
-  { reason: "name", sign: /A name/ },
+  { reason: "full", sign: /^\* The server is full/ },
+  { reason: "address", sign: /^\* Too many connections/ },
+  { reason: "banned", sign: /^\* You are banned/ },
+  { reason: "tls", sign: /^(it did not finish the TLS|the TLS handshake|it speaks TLS)/ },
+  { reason: "deadline", sign: /^\* You.* within a minute\.$/ },
+  {
+    reason: "registered",
+    sign: /^\* The name \S+ (is|looks).*regist|^it gave a password|^\* Pass/,
+  },
+  { reason: "taken", sign: /^\* The name \S+ (is taken|looks)/ },
+  { reason: "name", sign: /^\* A name / },
   { reason: "other", sign: /^/ },
 ];
+
+/** Counts the lines of a batch that is about to leave, once for each of its readers. */
+function countLines({ counts, batchLines, linesLeftOut, clients, leavers }: Server): void {
+  const readers = clients.length + leavers.length;
+  counts.linesOut += Math.max(0, batchLines * readers - linesLeftOut); // some may have been cut off
+  counts.flushedLines.add(batchLines);
+}
 
 function countRefusal({ counts }: Server, why: string): void {
   const reason = REFUSALS.find(({ sign }) => sign.test(why))?.reason ?? "other";
@@ -3673,7 +3709,7 @@ function answerMetrics(server: Server, request: Request, peer: Peer): Response {
   if (metricsToken !== undefined && !hasToken(request, metricsToken))
     return refuseRequest(401, "Send the token: Authorization: Bearer TOKEN");
   return new Response(describeMetrics(server), {
-    headers: { "content-type": "text/plain; version=0.0.4; charset=utf-8" },
+    headers: { ...ANSWER_HEADERS, "content-type": "text/plain; version=0.0.4; charset=utf-8" },
   });
 }
 
@@ -3697,7 +3733,11 @@ function describeMetrics(server: Server): string {
     createGauge("held_back_senders", "Connections that are held back as too fast.", heldBack),
     createGauge("queued_bytes", "Memory for what waits, in both directions.", memoryUsed),
     createCounter("lines_in_total", "Lines that people have sent.", counts.linesIn),
-    createCounter("lines_out_total", "Lines for people, once for each reader.", counts.linesOut),
+    createCounter(
+      "lines_out_total",
+      "Lines for people, once for each reader; no replays.",
+      counts.linesOut,
+    ),
     createCounter("bytes_in_total", "Bytes that people have sent.", counts.bytesIn),
     createCounter("bytes_out_total", "Bytes handed to the kernel.", counts.bytesOut),
     createCounter("refusals_total", "Connections that were refused.", refusals),
@@ -4097,30 +4137,44 @@ function hasVanished({ fd = -1 }: Connection): boolean {
   return triesInVain > 5 && tcpInfo.getUint32(LAST_ACK_AT, true) > NO_ANSWER;
 }
 
-const SOCKADDR_BYTES = 28; // struct sockaddr_in6, the larger one
-const PORT_AT = 2; // sin_port and sin6_port, 16 bits in network order: ip(7), ipv6(7)
+const SOCKADDR_BYTES = 28; // struct sockaddr_in6, the larger one: ip(7), ipv6(7)
+const PORT_AT = 2; // 16 bits in network order
+const IPV4_AT = 4;
+const IPV6_AT = 8;
+const AF_INET = 2;
 const SHUT_RDWR = 2; // shutdown(2)
 
-/** Ends all connections to a port of ours but those from certain ports. `limit` is that of open files. */
-function endConnections(port: number, kept: ReadonlySet<number>, limit: number): void {
+const socketAddress = Buffer.alloc(SOCKADDR_BYTES);
+
+/** Ends all connections to a port of ours but some. `limit` is that of open files. */
+function endConnections(port: number, kept: ReadonlySet<string>, limit: number): void {
   if (!libc) return;
   for (let fd = 3; fd < limit; fd++) {
-    if (portOf(libc.getsockname, fd) !== port) continue;
-    const peerPort = portOf(libc.getpeername, fd); // the listener has none
-    // Bun sees that it has ended, and closes it.
-    if (peerPort !== null && !kept.has(peerPort)) libc.shutdown(fd, SHUT_RDWR);
+    const isOurs = hasName(libc.getsockname, fd) && socketAddress.readUInt16BE(PORT_AT) === port;
+    // The listener has no peer. Bun sees that a connection has ended, and closes it.
+    if (isOurs && hasName(libc.getpeername, fd) && !kept.has(readEndpoint()))
+      libc.shutdown(fd, SHUT_RDWR);
   }
 }
 
-type GetName = (fd: number, address: DataView, size: Uint32Array) => number;
+type GetName = (fd: number, address: Buffer, size: Uint32Array) => number;
 
-/** The port of one end of a socket, or null for what is no socket, or has no such end. */
-function portOf(getName: GetName, fd: number): number | null {
-  if (getName(fd, socketAddress, Uint32Array.of(SOCKADDR_BYTES)) !== 0) return null;
-  return socketAddress.getUint16(PORT_AT);
+/** Whether one end of a socket has an address, which is in `socketAddress` then. */
+function hasName(getName: GetName, fd: number): boolean {
+  return getName(fd, socketAddress, Uint32Array.of(SOCKADDR_BYTES)) === 0;
 }
 
-const socketAddress = new DataView(new ArrayBuffer(SOCKADDR_BYTES));
+/** What is in `socketAddress`. */
+function readEndpoint(): string {
+  const isIpv4 = new Uint16Array(socketAddress.buffer, socketAddress.byteOffset, 1)[0] === AF_INET;
+  const host = isIpv4
+    ? socketAddress.subarray(IPV4_AT, IPV4_AT + 4).join(".")
+    : (socketAddress
+        .toString("hex", IPV6_AT, IPV6_AT + 16)
+        .match(/.{4}/g)
+        ?.join(":") ?? "");
+  return formatEndpoint(canonicalAddress(host), socketAddress.readUInt16BE(PORT_AT));
+}
 
 if (import.meta.main) {
   try {
