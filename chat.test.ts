@@ -7623,9 +7623,10 @@ describe("the conversation in the page", () => {
       ["javascript:alert(1) data:text/html,x ftp://x.example file:///etc //x.example", []],
       ["https:// http://: https://[ javascript://x%0aalert(1)", []],
       [
-        "https://語.example/é, https://f.example:81/a_b/~c",
-        ["https://語.example/é", "https://f.example:81/a_b/~c"],
+        "https://f.example:81/a_b/~c https://a.example/(b)",
+        ["https://f.example:81/a_b/~c", "https://a.example/(b)"],
       ],
+      ["https://bank.example@evil.example/ https://a:b@evil.example", []], // where do they lead?
     ];
     bob.send(toText(links.map(([line]) => line)));
     for (const [line] of links) await page.sees(`[bob] ${line}`);
@@ -7641,6 +7642,15 @@ describe("the conversation in the page", () => {
       expect(rel.split(" ")).toEqual(expect.arrayContaining(["noopener", "noreferrer"]));
       expect(leads).toBe(true);
     }
+
+    // Letters that look alike, or cannot be seen, and more links than anybody writes.
+    bob.send("https://bаnk.example/x and https://bank.example\u200b.evil.example\n");
+    const hosts = ["xn--bnk-6cd.example", "bank.example.evil.example"];
+    await page.sees(
+      `[bob] https://bаnk.example/x [${hosts[0]}] and https://bank.example\u200b.evil.example [${hosts[1]}]`,
+    );
+    bob.send(`${"http://a ".repeat(100)}\n`);
+    await page.until(`$("lines").lastElementChild.querySelectorAll("a").length === 20`);
   });
 
   testInBrowser("marks what is one's own, private, or meant for the reader", async () => {
@@ -7705,6 +7715,16 @@ describe("the conversation in the page", () => {
     expect(days[0]).toContain("September 23");
     expect(days[1]).toContain("September 24");
     expect(days).toHaveLength(2);
+  });
+
+  testInBrowser("folds no departure that has a reason", async () => {
+    const room = open({ web: 0, db: withAlice() });
+    const [, bob] = await enterAll(room, LOGIN, "bob");
+    const page = await enterByPage(room, "carol");
+    await enter(room, LOGIN);
+    await page.sees("alice has left the chat (came in from elsewhere)");
+    bob.socket.end();
+    await page.sees("bob has left the chat");
   });
 
   testInBrowser("folds arrivals and departures, but not what an operator did", async () => {
@@ -8348,14 +8368,65 @@ describe("a page that has lost the connection", () => {
       );
       await page.goOnline();
       await page.run("document.dispatchEvent(new Event('visibilitychange'))");
-      await page.fill("name", "anna");
+      await page.fill("name", "alice");
       await bob.until(/^\* alice has left/);
       expect(await bob.ping()).toEqual([]);
       expect(namesIn(room)).toEqual(["bob"]);
       await page.press("Enter");
+      await page.arrives("alice");
+      expect(await page.value()).toBe("draft");
+      await page.lists("bob", "alice (you)");
+      await page.run(`$("names").querySelector("button").click()`);
+      expect(await page.value()).toBe("/msg bob draft");
+
+      room.command("/kick alice again");
+      await page.until(`$("door").checkVisibility()`);
+      await page.fill("name", "anna");
+      await page.press("Enter");
       await page.arrives("anna");
+      expect(await page.value()).toBe(""); // that was somebody else's draft
     },
   );
+});
+
+describe("a page whose way to the server is gone without a word", () => {
+  testInBrowser("finds out, and loses nothing", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    expect(await bob.line()).toBe("* alice has joined the chat");
+    const lost = room.clients.find(({ name }) => name === "alice")?.socket;
+    if (!lost) throw new Error("alice is not here");
+    lost.pause();
+    lost.write = (_, __, length) => length; // it goes nowhere
+    await page.say("are you there?");
+
+    // A minute passes, and what takes seconds does not.
+    await page.run(`
+      const [now, start] = [Date.now, setTimeout];
+      Date.now = () => now() + 60_000;
+      globalThis.setTimeout = (work, ms, ...rest) => start(work, ms / 20, ...rest);
+      document.dispatchEvent(new Event("visibilitychange"))`);
+    await page.until(`$("status").textContent.includes("Trying again")`);
+    lost.terminate(); // the server has found out, too
+    await page.arrives("alice");
+    expect(await bob.until("[alice] are you there?")).toEqual([
+      "* alice has left the chat",
+      "* alice has joined the chat",
+    ]);
+    expect(await bob.ping()).toEqual([]);
+  });
+
+  testInBrowser("says what is lost by leaving", async () => {
+    const room = open({ web: 0 });
+    const page = await enterByPage(room, "alice");
+    await room.stop();
+    await page.say("one");
+    await page.click("leave");
+    await page.sees("1 line has not been sent yet. Press Leave again to leave anyway.");
+    await page.click("leave");
+    await page.has("refusal", "1 line of yours may be lost.");
+  });
 });
 
 describe("passwords in the page", () => {
