@@ -2,8 +2,8 @@
 /**
  * The benchmark of bun-chat: what it costs to pass a line to many people, here and elsewhere.
  *
- *     bun chat.bench.ts             takes about a minute
- *     bun chat.bench.ts --quick     takes ten seconds and is less exact
+ *     bun chat.bench.ts             takes some two minutes
+ *     bun chat.bench.ts --quick     takes twenty seconds and is less exact
  *
  * Each server is a process of its own. This process is the crowd: a socket for each of its people,
  * who speak, and count what arrives. The servers take turns, so that a machine that is busy with
@@ -196,7 +196,7 @@ whatever else is installed of Node, Redis, NATS and ncat, and the peers that you
 Latency ends when the last who joined hears a line, in an evening the first. Who is near 100 %,
 server or crowd, is the limit; in an evening "late" is how many ms the crowd was late to speak.
 
-  --quick                        takes ten seconds, with fewer people and a single round
+  --quick                        takes twenty seconds, with fewer people and a single round
   --json                         prints the figures as JSON
   --peer 'NAME=COMMAND {port}'   adds another Budget Chat server, and may be repeated
   --help                         shows this text`;
