@@ -5617,8 +5617,11 @@ describe.concurrent("bun server.ts --db", () => {
 
     for (const line of numbered(40)) await say(line);
     await server.err.until(/ The history cannot be stored: .*\. The chat goes on\.\n/);
-    const makeRoom = () =>
-      Bun.spawn(["prlimit", "--pid", `${server.pid}`, "--fsize=unlimited"]).exited;
+    const limit = (bytes: number | "unlimited") =>
+      Bun.spawn(["prlimit", "--pid", `${server.pid}`, `--fsize=${bytes}:unlimited`]).exited;
+    // A batch in which nobody says something is smaller, and might still fit in.
+    await limit(fs.statSync(`${file}-wal`).size - 3 * 4120); // less than the last three pages
+    const makeRoom = () => limit("unlimited");
     return { server, bob, said, say, makeRoom };
   }
 
