@@ -2443,6 +2443,22 @@ describe("a budget", () => {
   });
 
   const WAYS = [...BOTH_WAYS, BY_WEBSOCKET];
+  test("greets nobody in vain: who waits and goes leaves the place to the next one", async () => {
+    jest.useFakeTimers();
+    for (const openRoom of [open, openForBrowsers]) {
+      const room = openRoom({ rate: 10, maxPerAddress: 30 });
+      const crowd = await Promise.all(times(30, () => Peer.connect(room)));
+      for (const peer of crowd.slice(0, 20)) expect(await peer.line()).toBe(WELCOME);
+      for (const peer of crowd.slice(20)) peer.finish();
+      await Promise.all(crowd.slice(20).map((peer) => peer.ended.promise));
+      for (const peer of crowd.slice(20)) peer.socket.end();
+      const late = await Peer.connect(room);
+      await turns(50);
+      jest.advanceTimersByTime(1000);
+      expect(await late.line()).toBe(WELCOME);
+    }
+  });
+
   test.each(WAYS)("lets twenty arrive at once, then one a second, %s", async (_, openRoom) => {
     jest.useFakeTimers();
     const room = openRoom({ rate: 10, maxPerAddress: 64 });
@@ -7646,6 +7662,9 @@ describe("the conversation in the page", () => {
       expect(leads).toBe(true);
     }
 
+    bob.send("https://pаypal.example/?https://xn--pypal-4ve.example\n");
+    await page.until(`textsOf("lines").at(-1)?.endsWith("[xn--pypal-4ve.example]")`);
+
     // Letters that look alike, or cannot be seen, and more links than anybody writes.
     bob.send("https://bаnk.example/x and https://bank.example\u200b.evil.example\n");
     const hosts = ["xn--bnk-6cd.example", "bank.example.evil.example"];
@@ -8030,6 +8049,26 @@ describe("writing in the page", () => {
       await page.press("Enter");
       expect(await bob.line()).toBe(`[alice] ${word}`);
     }
+  });
+
+  testInBrowser("what is for one person is not said to everybody", async () => {
+    const room = open({ web: 0 });
+    const bob = await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    await bob.line();
+    await page.fill("text", "/msg bob one\ntwo");
+    await page.click("send");
+    await page.sees("What you say to one person only has one line: it was not sent.");
+    expect(await page.value()).toBe("/msg bob one\ntwo");
+
+    await page.lists("bob", "alice (you)");
+    await page.fill("text", "/register hunter22");
+    await page.run(`$("names").querySelector("button").click()`);
+    expect(await page.value()).toBe("/msg bob ");
+    await page.fill("text", "/msg bob /register hunter22");
+    await page.press("Enter");
+    await page.until(`textsOf("lines").some((text) => text.includes("may hold a password"))`);
+    expect(await bob.ping()).toEqual([]);
   });
 
   testInBrowser("a line that is too long stays in the box, with a word about it", async () => {
@@ -8420,13 +8459,43 @@ describe("a page whose way to the server is gone without a word", () => {
     expect(await bob.ping()).toEqual([]);
   });
 
+  testInBrowser("stays when somebody writes on instead of leaving", async () => {
+    const file = newFile();
+    const room = open({ web: 0, db: file });
+    const page = await enterByPage(room, "alice");
+    await room.stop();
+    await page.until(`$("status").textContent.includes("Trying again")`);
+    await page.say("one");
+    await page.click("leave");
+    await page.sees("1 line has not arrived yet. Press Leave again to leave anyway.");
+    await page.say("two");
+    const again = open({ web: room.webPort, db: file });
+    await page.goOnline();
+    await page.sees("[alice] two");
+    expect(namesIn(again)).toEqual(["alice"]);
+  });
+
+  testInBrowser("says that a private message may be lost by leaving", async () => {
+    const room = open({ web: 0 });
+    await enter(room, "bob");
+    const page = await enterByPage(room, "alice");
+    const lost = room.clients.find(({ name }) => name === "alice")?.socket;
+    if (!lost) throw new Error("alice is not here");
+    lost.pause();
+    await page.say("/msg bob it is important");
+    await page.click("leave");
+    await page.has("status", "Leaving…");
+    lost.terminate();
+    await page.has("refusal", "What you asked for last may not have arrived.");
+  });
+
   testInBrowser("says what is lost by leaving", async () => {
     const room = open({ web: 0 });
     const page = await enterByPage(room, "alice");
     await room.stop();
     await page.say("one");
     await page.click("leave");
-    await page.sees("1 line has not been sent yet. Press Leave again to leave anyway.");
+    await page.sees("1 line has not arrived yet. Press Leave again to leave anyway.");
     await page.click("leave");
     await page.has("refusal", "1 line of yours may be lost.");
   });

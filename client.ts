@@ -38,6 +38,7 @@ type Address = { host: string; port: number; tls: boolean | { ca: string } };
 /** Times in ms. A test may change them before it calls `main`. */
 export const PACE = {
   silence: 10_000, // for a server to say something
+  queue: 90_000, // for its greeting when we come back, as others of our address may do at the same time
   proof: 240_000, // for a server to look at our password, while others wait for the same
   moment: 1000, // after which words without a newline are taken for a line
   doubt: 2000, // in which the end of the connection makes a refusal of the last words
@@ -1005,7 +1006,7 @@ export function receiveMessages({ host, port, tls }: Address, screen: Screen, re
       return;
     }
     isPrivate = Boolean(tls) || isThisMachine(socket);
-    waitFor("greeting", socket);
+    waitFor("greeting", socket, goal === "enter" ? PACE.silence : PACE.queue);
   }
 
   function waitFor(at: "greeting" | "entering", socket: Connection, patience = PACE.silence): void {

@@ -1204,7 +1204,9 @@ function handleEnd(server: Server, client: Client): void {
   client.finReceived = true;
   postpone(server, client, () => {
     const isOpen = server.connections.has(client.id);
+    const isWaiting = client.address?.waiting.has(client);
     if (isOpen && !client.heldBack) readLines(server, client);
+    else if (isOpen && isWaiting && client.unread.length === 0) dismiss(server, client);
   });
 }
 
@@ -3184,7 +3186,9 @@ function takeArrival(server: Server, { address }: Client): boolean {
 function waitForArrival(client: Client): void {
   client.address?.waiting.add(client);
   client.deadline = Infinity; // its minute begins when it is greeted
-  pause(client);
+  if (client.awaitsHandshake)
+    pause(client); // which would cost something
+  else client.heldBack = true; // but we hear of its end, so that nobody waits for it
 }
 
 /** Once a second: gives back credit, greets one that waits, or forgets an idle address. */
