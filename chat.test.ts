@@ -8245,6 +8245,7 @@ describe("the attention of the page", () => {
       return await page.evaluate<number>("tones");
     };
     await page.say("hi"); // a page may make no sound before somebody has done something in it
+    await page.sees("[alice] hi");
     expect(await tonesAfter("alice 1")).toBe(0);
     await page.lookAt(false);
     expect(await tonesAfter("hello 2")).toBe(0);

@@ -3186,9 +3186,8 @@ function takeArrival(server: Server, { address }: Client): boolean {
 function waitForArrival(client: Client): void {
   client.address?.waiting.add(client);
   client.deadline = Infinity; // its minute begins when it is greeted
-  if (client.awaitsHandshake)
-    pause(client); // which would cost something
-  else client.heldBack = true; // but we hear of its end, so that nobody waits for it
+  client.heldBack = true; // but we hear of its end, so that nobody is greeted in vain
+  if (client.awaitsHandshake) client.socket.pause(); // a handshake would cost something
 }
 
 /** Once a second: gives back credit, greets one that waits, or forgets an idle address. */
