@@ -811,6 +811,7 @@ type Habits = {
   greeting?: string; // "" for none
   roster?: string; // "" for none
   newline?: string; // after the greeting and after a refusal; "" for none
+  greetsLate?: number; // ms; those who come after the first one wait so long
   farewell?: string; // what is said before the FIN is answered
   isFull?: boolean; // hangs up after the greeting
   pause?: number; // ms between a refusal and the FIN
@@ -872,7 +873,10 @@ function budgetChat(habits: Habits = {}) {
         const guest = new Peer(socket);
         socket.data = guest;
         guests.push(guest);
-        if (greeting) guest.send(`${greeting}${newline}`);
+        const delay = guests.length > 1 ? habits.greetsLate : undefined;
+        const greet = () => guest.send(greeting && `${greeting}${newline}`);
+        if (delay === undefined) greet();
+        else setTimeout(greet, delay);
         if (habits.isFull) finish(guest);
       },
       data({ data: guest }, chunk) {
@@ -3688,6 +3692,15 @@ describe("a foreign server", () => {
 });
 
 describe("losing the server", () => {
+  test("waits for its turn when it comes back, longer than for a server that is new", async () => {
+    const habits = { isOurs: true, greetsLate: 1500 };
+    const { server } = await joined({ habits, pace: { silence: 1000, retry: 1 } });
+    server.drop();
+    await server.heard.until("joined: Alex");
+    await server.heard.until("joined: Alex"); // on the second connection
+    expect(server.guests).toHaveLength(2);
+  });
+
   test("is told at once, and not again by Ctrl+C", async () => {
     const { alex, server, say } = await joined();
     await say("hello\r", "Alex: hello\n");
