@@ -2449,13 +2449,16 @@ describe("a budget", () => {
   const WAYS = [...BOTH_WAYS, BY_WEBSOCKET];
   test("greets nobody in vain: who waits and goes leaves the place to the next one", async () => {
     jest.useFakeTimers();
-    for (const openRoom of [open, openForBrowsers]) {
-      const room = openRoom({ rate: 10, maxPerAddress: 30 });
+    for (const openRoom of [open, openTls, openForBrowsers]) {
+      const room = openRoom({ rate: 10, maxPerAddress: 40 });
       const crowd = await Promise.all(times(30, () => Peer.connect(room)));
       for (const peer of crowd.slice(0, 20)) expect(await peer.line()).toBe(WELCOME);
-      for (const peer of crowd.slice(20)) peer.finish();
-      await Promise.all(crowd.slice(20).map((peer) => peer.ended.promise));
-      for (const peer of crowd.slice(20)) peer.socket.end();
+      for (const peer of crowd.slice(20)) {
+        peer.send(openRoom === openForBrowsers ? "" : "unfinished");
+        peer.finish();
+        peer.socket.end();
+      }
+      await turns(50);
       const late = await Peer.connect(room);
       await turns(50);
       jest.advanceTimersByTime(1000);
@@ -7208,6 +7211,17 @@ describe("a WebSocket", () => {
     expect(await bob.line()).toBe("[alice] hello");
   });
 
+  test("that sends pings without end is cut off where nothing should come", async () => {
+    jest.useFakeTimers();
+    const room = openForBrowsers({ rate: 10, maxPerAddress: 64 });
+    const crowd = await Promise.all(times(21, () => Peer.connect(room)));
+    const waiting = crowd.at(-1);
+    if (!waiting) throw new Error("nobody waits");
+    waiting.sendRaw(Buffer.concat(times(50_000, () => encodeFrame(PING, ""))));
+    await waiting.ended.promise;
+    expect(crowd.filter(({ isOpen }) => isOpen)).toHaveLength(20);
+  });
+
   test("with thousands of tiny frames is read as one text", async () => {
     const [alice, bob] = await enterAll(openForBrowsers(), "alice", "bob");
     alice.sendRaw(Buffer.concat(times(20_000, (number) => encodeFrame(TEXT, `${number}`))));
@@ -8069,10 +8083,13 @@ describe("writing in the page", () => {
     const bob = await enter(room, "bob");
     const page = await enterByPage(room, "alice");
     await bob.line();
-    await page.fill("text", "/msg bob one\ntwo");
-    await page.click("send");
-    await page.sees("What you say to one person only has one line: it was not sent.");
-    expect(await page.value()).toBe("/msg bob one\ntwo");
+    for (const [number, typed] of ["/msg bob one\ntwo", "one\n /msg bob two"].entries()) {
+      await page.fill("text", typed);
+      await page.click("send");
+      const warnings = `textsOf("lines").filter((text) => text.includes("to one person only"))`;
+      await page.until(`${warnings}.length === ${number + 1}`);
+      expect(await page.value()).toBe(typed);
+    }
 
     await page.lists("bob", "alice (you)");
     await page.fill("text", "/register hunter22");
@@ -8507,10 +8524,12 @@ describe("a page whose way to the server is gone without a word", () => {
     const room = open({ web: 0 });
     const page = await enterByPage(room, "alice");
     await room.stop();
+    await page.until(`$("status").textContent.includes("Trying again")`);
     await page.say("one");
     await page.click("leave");
     await page.sees("1 line has not arrived yet. Press Leave again to leave anyway.");
-    await page.click("leave");
+    await page.run(`$("text").focus()`);
+    await page.say("/quit");
     await page.has("refusal", "1 line of yours may be lost.");
   });
 });

@@ -38,7 +38,7 @@ type Address = { host: string; port: number; tls: boolean | { ca: string } };
 /** Times in ms. A test may change them before it calls `main`. */
 export const PACE = {
   silence: 10_000, // for a server to say something
-  queue: 90_000, // for its greeting when we come back, as others of our address may do at the same time
+  queue: 90_000, // for its greeting when we come back, and others of our address with us
   proof: 240_000, // for a server to look at our password, while others wait for the same
   moment: 1000, // after which words without a newline are taken for a line
   doubt: 2000, // in which the end of the connection makes a refusal of the last words

@@ -151,6 +151,7 @@ const CLIENTS_PER_TURN = 256; // that leave, or get what has waited, in one turn
 const MAX_FRAME = 16 * KIB; // bytes of lines in one frame of a WebSocket, in both directions
 const MAX_PONGS = 64 * KIB; // bytes of answers to pings that may wait for their reader
 const PINGS_PER_UNIT = 16;
+const MAX_PINGS = 10_000; // that may come while nothing should, because they were on their way
 const HTTP_DEADLINE = 10; // s of silence, between requests and in them
 const NO_PONG = 60; // s without a sign of life from a browser
 const MAX_CUTS = 64; // frames cut from a batch that are kept while it is sent
@@ -309,7 +310,7 @@ class Client {
   unread: Buffer = NOTHING; // the beginning of a line, or lines ahead of the rate
   unreadMemory = 0; // bytes in memory for it
   finReceived = false; // what it sent before may still be unread
-  heldBack = false; // its socket is paused: it is ahead of the rate, or of the others
+  heldBack = false; // no line is read: it is ahead of the rate or of the others, or awaits its turn
   linePaid = false; // the line that it is held back for has been charged
   sliceUsed = 0; // bytes of its lines, and of the answers to them, since the last flush
   ignored = 0; // bytes that it has sent on its way out
@@ -1187,7 +1188,7 @@ function handleData(server: Server, client: Client, chunk: Buffer): void {
     detach(chunk);
   }
   if (!client.heldBack) readLines(server, client);
-  else if (client.unread.length > SLICE) client.socket.pause(); // a task is not done yet
+  else if (client.unread.length > SLICE) client.socket.pause(); // it waits for something, and listens
   dropGreediest(server);
 }
 
@@ -1198,7 +1199,7 @@ function ignore(client: Client, chunk: Buffer): void {
   if (client.ignored > MAX_IGNORED) client.socket.terminate();
 }
 
-/** The FIN has come. A client that is held back has lines that it sent before. */
+/** The FIN has come. A client that is held back may have sent lines before. */
 function handleEnd(server: Server, client: Client): void {
   server.inputs++;
   client.finReceived = true;
@@ -1206,7 +1207,7 @@ function handleEnd(server: Server, client: Client): void {
     const isOpen = server.connections.has(client.id);
     const isWaiting = client.address?.waiting.has(client);
     if (isOpen && !client.heldBack) readLines(server, client);
-    else if (isOpen && isWaiting && client.unread.length === 0) dismiss(server, client);
+    else if (isOpen && isWaiting && !client.unread.includes(NEWLINE)) dismiss(server, client);
   });
 }
 
@@ -3186,7 +3187,7 @@ function takeArrival(server: Server, { address }: Client): boolean {
 function waitForArrival(client: Client): void {
   client.address?.waiting.add(client);
   client.deadline = Infinity; // its minute begins when it is greeted
-  client.heldBack = true; // but we hear of its end, so that nobody is greeted in vain
+  client.heldBack = true;
   if (client.awaitsHandshake) client.socket.pause(); // a handshake would cost something
 }
 
@@ -3194,6 +3195,12 @@ function waitForArrival(client: Client): void {
 function sweepAddress(server: Server, address: Address): void {
   address.guessCredit = Math.min(MAX_GUESS_CREDIT, address.guessCredit + 1);
 
+  // Where nothing is read before the handshake, nothing tells of an end.
+  for (const client of address.waiting) {
+    if (!client.awaitsHandshake || !hasEnded(client.socket)) continue;
+    address.waiting.delete(client);
+    client.socket.terminate();
+  }
   const [next] = address.waiting;
   if (next) {
     address.waiting.delete(next);
@@ -3270,6 +3277,7 @@ type Visitor = {
   peer: Peer;
   connection: WebConnection | null; // null until it is open
   received: string; // lines that have come in this turn of the event loop
+  pings: number; // that have come since it was held back
 };
 
 /**
@@ -3433,7 +3441,7 @@ function isOurOrigin({ options }: Server, { headers }: Request): boolean {
 
 function upgrade(server: Server, request: Request, listener: Bun.Server<Visitor>): boolean {
   const peer = peerOf(server, request, listener);
-  return listener.upgrade(request, { data: { peer, connection: null, received: "" } });
+  return listener.upgrade(request, { data: { peer, connection: null, received: "", pings: 0 } });
 }
 
 /**
@@ -3488,8 +3496,17 @@ function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void 
     socket.terminate();
     return;
   }
-  const client = socket.data.connection?.data;
-  if (!client || client.heldBack) return;
+  const visitor = socket.data;
+  const client = visitor.connection?.data;
+  if (!client) return;
+
+  if (client.heldBack) {
+    socket.pause(); // until it goes on
+    visitor.pings++;
+    if (visitor.pings > MAX_PINGS) socket.terminate();
+    return;
+  }
+  visitor.pings = 0;
   const wait = charge(server, client, 1 / PINGS_PER_UNIT);
   if (wait === 0) return;
   pause(client);
@@ -3733,7 +3750,7 @@ function describeMetrics(server: Server): string {
   const metrics = [
     createGauge("people", "People in the room.", clients.length),
     createGauge("connections", "Connections, in the room or not.", connections.size),
-    createGauge("held_back_senders", "Connections that are held back as too fast.", heldBack),
+    createGauge("held_back_senders", "Connections whose lines wait to be read.", heldBack),
     createGauge("queued_bytes", "Memory for what waits, in both directions.", memoryUsed),
     createCounter("lines_in_total", "Lines that people have sent.", counts.linesIn),
     createCounter(
@@ -3786,6 +3803,7 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
     if (performance.now() > started + STOP_DEADLINE / 5) break;
     inputs = server.inputs;
     await Bun.sleep(5);
+    await lookAtSockets(); // on a busy machine the time may be over before it has done so
   }
 
   for (const client of server.clients) tellTooLate(server, client);
@@ -3800,6 +3818,11 @@ async function stop(server: Server, listener: Bun.TCPSocketListener<Client>, swe
     await Bun.sleep(5);
   for (const client of server.connections.values()) client.socket.terminate();
   server.history.close();
+}
+
+/** Lets the event loop look at all sockets at least once. */
+async function lookAtSockets(): Promise<void> {
+  for (let turn = 0; turn < 2; turn++) await new Promise((resolve) => setImmediate(resolve));
 }
 
 /** Tells those outside of the room, too, and sends the FIN. Nobody leaves: the room does. */
@@ -4111,6 +4134,8 @@ function createPrinter(stream: NodeJS.WriteStream): (line: string) => void {
 const IPPROTO_TCP = 6;
 const TCP_INFO = 11;
 const TCP_INFO_BYTES = 60; // up to the last field that we read
+const STATE_AT = 0; // tcpi_state, a byte
+const CLOSE_WAIT = 8; // netinet/tcp.h
 const RETRANSMITS_AT = 2; // tcpi_retransmits, a byte: how often the same bytes were sent in vain
 const PROBES_AT = 3; // tcpi_probes, a byte: how often the peer was asked in vain
 const LAST_ACK_AT = 56; // tcpi_last_ack_recv, 32 bits: ms since the peer has answered
@@ -4132,10 +4157,20 @@ function openLibrary() {
 
 const tcpInfo = new DataView(new ArrayBuffer(TCP_INFO_BYTES));
 
-/** Whether a peer is gone without a word, and not only silent or slow. */
-function hasVanished({ fd = -1 }: Connection): boolean {
+/** Asks the kernel about a connection. @returns whether the answer is in `tcpInfo` */
+function readTcpInfo({ fd = -1 }: Connection): boolean {
   const size = Uint32Array.of(TCP_INFO_BYTES);
-  if (libc?.getsockopt(fd, IPPROTO_TCP, TCP_INFO, tcpInfo, size) !== 0) return false;
+  return libc?.getsockopt(fd, IPPROTO_TCP, TCP_INFO, tcpInfo, size) === 0;
+}
+
+/** Whether a FIN of the peer has come, read or not. */
+function hasEnded(socket: Connection): boolean {
+  return readTcpInfo(socket) && tcpInfo.getUint8(STATE_AT) === CLOSE_WAIT;
+}
+
+/** Whether a peer is gone without a word, and not only silent or slow. */
+function hasVanished(socket: Connection): boolean {
+  if (!readTcpInfo(socket)) return false;
   const triesInVain = tcpInfo.getUint8(RETRANSMITS_AT) + tcpInfo.getUint8(PROBES_AT);
   return triesInVain > 5 && tcpInfo.getUint32(LAST_ACK_AT, true) > NO_ANSWER;
 }
