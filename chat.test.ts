@@ -1263,15 +1263,18 @@ const IN_PAGE = `
     return Array.from(pixel.getImageData(0, 0, 1, 1).data.slice(0, 3));
   }
 
-  /** The contrast of a text with what it stands on (WCAG 2.2). */
-  function contrastOf(element) {
-    const [text, back] = [true, false].map((isText) => {
-      const [red, green, blue] = colourOf(element, isText).map((value) => {
-        const part = value / 255;
-        return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-      });
-      return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  /** How light a text is, or what it stands on (WCAG 2.2). */
+  function luminanceOf(element, isText) {
+    const [red, green, blue] = colourOf(element, isText).map((value) => {
+      const part = value / 255;
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
     });
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  }
+
+  function contrastOf(element) {
+    const text = luminanceOf(element, true);
+    const back = luminanceOf(element, false);
     return (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
   }
 
@@ -1447,6 +1450,15 @@ async function enterByPage(room: Server, name: string, size: Width = {}): Promis
   const page = await openPage(room, size);
   await page.enter(name);
   return page;
+}
+
+/** Opens a room in which bob is, by a bare socket, and alice comes in with a browser. */
+async function meetInPage() {
+  const room = open({ web: 0 });
+  const bob = await enter(room, "bob");
+  const page = await enterByPage(room, "alice");
+  expect(await bob.line()).toBe("* alice has joined the chat");
+  return { room, bob, page };
 }
 
 /** Cuts the connection of somebody. */
@@ -7937,10 +7949,7 @@ describe("the people in the page", () => {
   });
 
   testInBrowser("can be written to by a press on their names", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
-    await bob.line();
+    const { bob, page } = await meetInPage();
     await page.view.click("#names button");
     expect(await page.value()).toBe("/msg bob ");
     expect(await page.focus()).toBe("text");
@@ -7991,10 +8000,7 @@ describe("writing in the page", () => {
   );
 
   testInBrowser("Up and Down bring back what was sent, and keep the draft", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
-    await bob.line();
+    const { bob, page } = await meetInPage();
     await page.say("one");
     await page.say("/who");
     await page.view.type("dra");
@@ -8010,10 +8016,7 @@ describe("writing in the page", () => {
   });
 
   testInBrowser("several lines are said as lines, and none of them is a command", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
-    await bob.line();
+    const { bob, page } = await meetInPage();
     await page.view.type("one");
     await page.view.press("Enter", { modifiers: ["Shift"] });
     await page.view.type("two");
@@ -8035,10 +8038,7 @@ describe("writing in the page", () => {
   });
 
   testInBrowser("what an input method composes is not sent before it is done", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
-    await bob.line();
+    const { bob, page } = await meetInPage();
     const compose = { text: "にほん", selectionStart: 3, selectionEnd: 3 };
     await page.view.cdp("Input.imeSetComposition", compose);
     const key = { type: "rawKeyDown", key: "Enter", code: "Enter" };
@@ -8060,10 +8060,7 @@ describe("writing in the page", () => {
   });
 
   testInBrowser("a password that everybody would hear stays in the box", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
-    await bob.line();
+    const { bob, page } = await meetInPage();
     for (const [number, typed] of [" /register hunter22", "hello\n/password hunter22"].entries()) {
       await page.fill("text", typed);
       await page.press("Enter");
@@ -8079,10 +8076,7 @@ describe("writing in the page", () => {
   });
 
   testInBrowser("what is for one person is not said to everybody", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
-    await bob.line();
+    const { bob, page } = await meetInPage();
     for (const [number, typed] of ["/msg bob one\ntwo", "one\n /msg bob two"].entries()) {
       await page.fill("text", typed);
       await page.click("send");
@@ -8102,10 +8096,7 @@ describe("writing in the page", () => {
   });
 
   testInBrowser("a line that is too long stays in the box, with a word about it", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
-    await bob.line();
+    const { bob, page } = await meetInPage();
     const long = "é".repeat(2048);
     await page.say(`${long}x`);
     await page.until(`textsOf("lines").some((text) => text.includes("4096"))`);
@@ -8476,7 +8467,8 @@ describe("a page whose way to the server is gone without a word", () => {
 
     // A minute passes, and what takes seconds does not.
     await page.run(`
-      const [now, start] = [Date.now, setTimeout];
+      const { now } = Date;
+      const start = setTimeout;
       Date.now = () => now() + 60_000;
       globalThis.setTimeout = (work, ms, ...rest) => start(work, ms / 20, ...rest);
       document.dispatchEvent(new Event("visibilitychange"))`);

@@ -3490,7 +3490,7 @@ function takeFrames(server: Server, visitor: Visitor): void {
   serve(server, client, () => handleData(server, client, Buffer.from(received)));
 }
 
-/** Bun answers pings by itself. They and pongs are charged for, and who reads no answers is cut off. */
+/** Bun answers pings by itself. They have a price, as pongs do. If the answers pile up, that is the end. */
 function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
   if (socket.getBufferedAmount() > MAX_PONGS) {
     socket.terminate();
