@@ -3490,7 +3490,7 @@ function takeFrames(server: Server, visitor: Visitor): void {
   serve(server, client, () => handleData(server, client, Buffer.from(received)));
 }
 
-/** Bun answers pings by itself. They have a price, as pongs do. If the answers pile up, that is the end. */
+/** Bun answers pings by itself. They and pongs have a price, and a peer that reads no answers has to go. */
 function handlePing(server: Server, socket: Bun.ServerWebSocket<Visitor>): void {
   if (socket.getBufferedAmount() > MAX_PONGS) {
     socket.terminate();
