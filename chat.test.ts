@@ -7669,9 +7669,7 @@ describe("the conversation in the page", () => {
   });
 
   testInBrowser("makes links of web addresses, and of nothing else", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
+    const { bob, page } = await meetInPage();
     // What is said, and the links in it.
     const links: [string, string[]][] = [
       ["see https://a.example/x?y=1&z=%20#end.", ["https://a.example/x?y=1&z=%20#end"]],
@@ -7715,9 +7713,7 @@ describe("the conversation in the page", () => {
   });
 
   testInBrowser("marks what is one's own, private, or meant for the reader", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
+    const { bob, page } = await meetInPage();
     bob.send("hello\nmalice is not meant\nhi ALICE!\n/msg alice psst\n");
     await page.sees("[bob] to you only: psst");
     await page.say("yo");
@@ -8124,9 +8120,7 @@ describe("scrolling in the page", () => {
   testInBrowser(
     "follows the end, unless one reads higher up, and then says what is new",
     async () => {
-      const room = open({ web: 0 });
-      const bob = await enter(room, "bob");
-      const page = await enterByPage(room, "alice");
+      const { bob, page } = await meetInPage();
       bob.send(toText(numbered(100)));
       await page.sees("[bob] line 99");
       await page.until("isAtEnd()");
@@ -8217,9 +8211,7 @@ describe("scrolling in the page", () => {
   testInBrowser(
     "ten thousand lines at once are all there, and a thousand of them in the page",
     async () => {
-      const room = open({ web: 0 });
-      const bob = await enter(room, "bob");
-      const page = await enterByPage(room, "alice");
+      const { bob, page } = await meetInPage();
       bob.send(toText(numbered(10_000)));
       await page.sees("[bob] line 9999");
       await page.until("isAtEnd()");
@@ -8232,9 +8224,7 @@ describe("scrolling in the page", () => {
 });
 describe("the attention of the page", () => {
   testInBrowser("the title counts what was not seen, and is calm again when it is", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
+    const { bob, page } = await meetInPage();
     bob.send("seen\n");
     await page.sees("[bob] seen");
     expect(await page.evaluate("document.title")).toBe("bun-chat");
@@ -8248,9 +8238,7 @@ describe("the attention of the page", () => {
   });
 
   testInBrowser("a tone rings for what is meant for the reader, who is elsewhere", async () => {
-    const room = open({ web: 0 });
-    const bob = await enter(room, "bob");
-    const page = await enterByPage(room, "alice");
+    const { bob, page } = await meetInPage();
     await page.run(`
       globalThis.tones = 0;
       const { start } = AudioScheduledSourceNode.prototype;
@@ -8326,9 +8314,7 @@ describe("a page that has lost the connection", () => {
   testInBrowser(
     "shows what waits, keeps the draft, and comes back as soon as there is a network",
     async () => {
-      const room = open({ web: 0 });
-      const bob = await enter(room, "bob");
-      const page = await enterByPage(room, "alice");
+      const { room, bob, page } = await meetInPage();
       await page.say("one");
       await page.sees("[alice] one");
       await page.stopClock();

@@ -7,8 +7,9 @@
  *     nc 127.0.0.1 5555         enters it from a machine without Bun
  *     bun server.ts --web 8080  opens it to browsers, too, at http://127.0.0.1:8080/
  *
- * The protocol is lines of UTF-8 over TCP or a WebSocket (Budget Chat, https://protohackers.com/problem/3): first
- * a name, then messages, or commands if they begin with "/". Lines of the server begin with "* ".
+ * The protocol is lines of UTF-8, over TCP or a WebSocket (Budget Chat,
+ * https://protohackers.com/problem/3): first a name, then messages, or commands if they begin with
+ * "/". Lines of the server begin with "* ".
  *
  * Two ideas carry the rest:
  *
@@ -150,9 +151,9 @@ const CLIENTS_PER_TURN = 256; // that leave, or get what has waited, in one turn
 // Browsers.
 const MAX_FRAME = 16 * KIB; // bytes of lines in one frame of a WebSocket, in both directions
 const MAX_PONGS = 64 * KIB; // bytes of answers to pings that may wait for their reader
-const PINGS_PER_UNIT = 16;
+const PINGS_PER_UNIT = 16; // see "Budgets"
 const MAX_PINGS = 10_000; // that may come while nothing should, because they were on their way
-const HTTP_DEADLINE = 10; // s of silence, between requests and in them
+const HTTP_DEADLINE = 10; // s of silence before or in a request
 const NO_PONG = 60; // s without a sign of life from a browser
 const MAX_CUTS = 64; // frames cut from a batch that are kept while it is sent
 
@@ -291,7 +292,7 @@ type Connection = {
   resume(): void;
 };
 
-/** Where a connection comes from, and what can happen to it on its way. */
+/** Where a connection comes from, and whether others can read it on its way. */
 type Peer = {
   host: string; // an IP address
   port: number;
